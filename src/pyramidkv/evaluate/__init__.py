@@ -1,0 +1,1 @@
+"""Measurements: perplexity, recall and speed, each written as typed records (`schema.py`)."""
