@@ -1,5 +1,37 @@
-"""KV-cache compression for transformers."""
+"""KV-cache compression for `transformers`: PyramidKV and its peers as one cache.
 
+with pyramidkv.compress(model, keep=0.25) as session:
+    model.generate(**inputs, max_new_tokens=128)
+print(session.report())
+"""
+
+from pyramidkv.attention import register as _register_attention
+from pyramidkv.cache import PyramidKVCache
+from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import CompressionWarning, ConfigError, DataError, PyramidKVError, UnsupportedError
+from pyramidkv.monkeypatch import replace_gptneox, replace_llama, replace_mistral
+from pyramidkv.scorers import Observation, Scorer, methods, register
+from pyramidkv.session import Session, compress
 
-__all__ = ["CompressionWarning", "ConfigError", "DataError", "PyramidKVError", "UnsupportedError"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressionConfig",
+    "CompressionWarning",
+    "ConfigError",
+    "DataError",
+    "Observation",
+    "PyramidKVCache",
+    "PyramidKVError",
+    "Scorer",
+    "Session",
+    "UnsupportedError",
+    "compress",
+    "methods",
+    "register",
+    "replace_gptneox",
+    "replace_llama",
+    "replace_mistral",
+]
+
+_register_attention()

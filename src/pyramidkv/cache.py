@@ -1,0 +1,311 @@
+"""`PyramidKVCache`: a `transformers` cache that keeps, for each layer, row and KV head, only what is worth keeping.
+
+Open this file first. The way of a token: a model's attention module calls `update` with its new keys and values and
+gets back what to attend to; the key tensor it gets carries its layer, so that the attention function (`attention.py`),
+which is called next with the same tensor, finds the way back and calls `PyramidKVLayer.attend`. That computes the
+attention and, after a forward with more than one query, evicts: no layer then holds more than its budget.
+
+Lengths that the model asks for (`get_seq_length`, `get_mask_sizes`) are logical, so positions are those of the whole
+sequence; what is stored is physical and shorter. Scores, budgets and buffers live in files of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+
+from pyramidkv.config import CompressionConfig
+from pyramidkv.errors import ConfigError, UnsupportedError
+from pyramidkv.ops.attention import attention
+from pyramidkv.ops.select import select
+from pyramidkv.plan import Plan, limits
+from pyramidkv.scorers import METHODS, Observation, Scorer
+from pyramidkv.shape import cache_shape
+from pyramidkv.storage import Storage
+from pyramidkv.usage import CacheUsage, LayerUsage
+
+ATTENTION_NAME = "pyramidkv"
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """Which of the tokens of one forward are real; what the mask function hands to every layer in place of a mask."""
+
+    valid: Tensor | None  # (B, Q) bool, False for padding; None: all real
+    counts: tuple[int, ...] | None  # real tokens of each row; None with `valid`
+
+
+ALL_REAL = NewTokens(None, None)
+
+
+class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
+    """The cache of one full-attention layer."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, layer: int, rank: int, plan: Plan, scorer: Scorer | None) -> None:
+        super().__init__()
+        self.layer = layer  # index in the model
+        self.rank = rank  # index among the compressed layers
+        self.plan = plan
+        self.scorer = scorer
+        self.storage: Storage | None = None
+        self.seen = 0  # columns seen, padding included: what transformers means by length
+        self.counts: list[int] = []  # real tokens seen of each row
+        self.held: list[int] = []  # real tokens stored of each row
+        self.offset: Tensor | None = None  # (B, 1, 1) int32: what to add to a column for a row's position
+
+    # What transformers asks of a layer.
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Take (B, H, T, D) keys and values; return those to attend to, (B, H, K, D), the new ones last."""
+        if key_states.shape[2] == 0:
+            raise ConfigError("input_ids has zero tokens; a forward needs at least one")
+        if self.storage is None:
+            self.counts = self.held = [0] * key_states.shape[0]
+            self.is_initialized = True
+            keys, values = key_states, value_states
+        elif key_states.shape[0] != len(self.counts):
+            raise ConfigError(
+                f"input_ids has {key_states.shape[0]} rows; this cache was filled with {len(self.counts)}"
+            )
+        elif key_states.shape[2] == 1:
+            self.storage.append(key_states, value_states, self._columns(1, key_states.device), self._room)
+            keys, values = self.storage.view()
+        else:
+            past = self.storage.view()
+            keys = torch.cat([past[0], key_states], dim=2)
+            values = torch.cat([past[1], value_states], dim=2)
+        keys.pyramidkv_layer = self  # type: ignore[attr-defined]
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, evicted ones and padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical: all columns seen and the new ones, from column 0."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum: storage grows with generated tokens."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: storage is sized by the first eviction."""
+
+    def reset(self) -> None:
+        """Forget everything; the layer can be used for another prompt."""
+        self.storage, self.offset, self.seen = None, None, 0
+        self.counts, self.held = [], []
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take rows from other rows (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, in that order."""
+        if self.storage is None:
+            return
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self.storage = self.storage.rows(indices)
+        if self.offset is None:  # all rows alike: no need to read the indices back from the device
+            self.counts, self.held = self.counts[:1] * len(indices), self.held[:1] * len(indices)
+        else:
+            rows = indices.tolist()
+            self.counts, self.held = [self.counts[r] for r in rows], [self.held[r] for r in rows]
+            self.offset = self.offset[indices.to(self.offset.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self.batch_select_indices(torch.arange(len(self.counts)).repeat_interleave(repeats))
+
+    def crop(self, *_: Any) -> None:
+        raise UnsupportedError(
+            "this cache can't be cropped: what was evicted is gone. Assisted decoding (assistant_model, "
+            "prompt_lookup_num_tokens) needs cropping and does not work with compression; use greedy search, sampling "
+            "or beam search"
+        )
+
+    def offload(self) -> None:
+        raise UnsupportedError(
+            "cache offloading does not work with compression; leave out cache_implementation='offloaded'"
+        )
+
+    prefetch = offload
+
+    # What the attention function asks of a layer.
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scaling: float, dropout: float
+    ) -> Tensor:
+        """Attention of (B, Hq, Q, D) queries over what `update` returned, then the eviction. Returns (B, Hq, Q, D)."""
+        queries, slots = query.shape[2], key.shape[2]
+        if new.valid is not None and new.valid.device != key.device:  # layers spread over devices
+            new = NewTokens(new.valid.to(key.device), new.counts)
+        appended = self.storage is not None and queries == 1
+        valid = self._visible(new, queries, slots, appended)
+        out = attention(query, key, value, scaling, valid, dropout)
+        self.counts = [n + (queries if new.counts is None else new.counts[row]) for row, n in enumerate(self.counts)]
+        self.held = [n + (queries if new.counts is None else new.counts[row]) for row, n in enumerate(self.held)]
+        if not appended:
+            self._evict(query, key, value, valid, new, scaling)
+        self.seen += queries
+        return out
+
+    def usage(self) -> LayerUsage:
+        """What this layer holds."""
+        full = 0
+        if self.storage is not None:
+            keys, values = self.storage.keys, self.storage.values
+            full = len(self.counts) * keys.shape[1] * self.seen * (keys.shape[-1] + values.shape[-1]) * keys.itemsize
+        return LayerUsage(
+            layer=self.layer,
+            compressed=True,
+            seen_tokens=max(self.counts, default=0),
+            kept_tokens=max(self.held, default=0),
+            kv_bytes=0 if self.storage is None else self.storage.nbytes,
+            full_kv_bytes=full,
+        )
+
+    @property
+    def _room(self) -> int:
+        return self.plan.config.room
+
+    def _columns(self, new: int, device: torch.device) -> Tensor:
+        """Positions of the next `new` columns, (1 or B, 1, new) int32, were all of them real."""
+        columns = torch.arange(self.seen, self.seen + new, dtype=torch.int32, device=device)[None, None]
+        return columns if self.offset is None else columns + self.offset
+
+    def _positions(self, new: NewTokens, queries: int, heads: int, device: torch.device) -> Tensor:
+        """Positions of the new tokens among the real tokens of their row, (B, H, Q) int32; -1 for padding."""
+        columns = self._columns(queries, device)
+        if new.valid is not None:
+            pads = (~new.valid).cumsum(-1, dtype=torch.int32)[:, None]
+            columns = (columns - pads).masked_fill(~new.valid[:, None], -1)
+            total = -pads[..., -1:]
+            self.offset = total if self.offset is None else self.offset + total
+        return columns.expand(len(self.counts), heads, queries)
+
+    def _visible(self, new: NewTokens, queries: int, slots: int, appended: bool) -> Tensor | None:
+        """(B, K) bool: which of the slots attended to hold a real token; None for all of them."""
+        if appended and new.valid is not None:
+            assert self.storage is not None
+            self.storage.padded = True
+            self.storage.positions[:, :, self.storage.length - 1].masked_fill_(~new.valid, -1)
+            pad = -(~new.valid).int()[:, None]
+            self.offset = pad if self.offset is None else self.offset + pad
+        past = None if self.storage is None else self.storage.valid()
+        if appended or (past is None and new.valid is None):
+            return past
+        rows = len(self.counts)
+        device = new.valid.device if new.valid is not None else past.device  # type: ignore[union-attr]
+        ones = torch.ones(rows, 1, dtype=torch.bool, device=device)
+        return torch.cat(
+            [
+                ones.expand(rows, slots - queries) if past is None else past,
+                ones.expand(rows, queries) if new.valid is None else new.valid,
+            ],
+            dim=1,
+        )
+
+    def _evict(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, new: NewTokens, scaling: float
+    ) -> None:
+        """Bring the layer to its budget: score every key, keep the best, write them into a new buffer."""
+        heads, slots = key.shape[1], key.shape[2]
+        positions = self._positions(new, query.shape[2], heads, key.device)
+        if self.storage is not None:
+            positions = torch.cat([self.storage.positions[:, :, : self.storage.length], positions], dim=2)
+        allowed = limits(self.plan, self.rank, self.counts, itemsize=key.itemsize)
+        self.held = [min(n, limit) for n, limit in zip(self.held, allowed, strict=True)]
+        width = max(self.held)
+        padded = min(self.held) < width
+        self.storage = None  # the old buffer may go before the new one is made
+        if width == slots and not padded:
+            self.storage = Storage.whole(key, value, positions, self._room)
+            return
+        if self.scorer is None:
+            scores = positions.float()  # nothing is dropped but padding: any finite score will do
+        else:
+            scores = self.scorer.score(Observation(query, key, value, scaling, valid, positions, self.layer))
+        newest = torch.arange(slots, device=key.device) >= slots - self.plan.config.recent_tokens
+        scores = scores.masked_fill(newest, float("inf"))
+        if valid is not None:
+            scores = scores.masked_fill(~valid[:, None], float("-inf"))
+        index = select(scores, self.held, width)
+        self.storage = Storage.gather(key, value, positions, index, self._room, padded)
+
+
+class PyramidKVCache(Cache):  # type: ignore[misc]
+    """A compressed KV cache for one model; give it to `generate()` or to the model as `past_key_values`.
+
+    The model must run with `model.set_attn_implementation("pyramidkv")`; `pyramidkv.compress(model, ...)` does both.
+
+    Args:
+        model_config: `model.config`.
+        config: the settings; or give them as keyword options, see `CompressionConfig`.
+
+    Raises:
+        ConfigError: an option is unknown or outside what is allowed.
+        UnsupportedError: the model's architecture is not one that can be compressed.
+    """
+
+    def __init__(self, model_config: Any, config: CompressionConfig | None = None, **options: Any) -> None:
+        if config is not None and options:
+            raise ConfigError(f"{next(iter(options))}: give either config= or keyword options, not both")
+        self.config = CompressionConfig.make(**options) if config is None else config
+        self.plan = Plan(self.config, cache_shape(model_config))
+        self._model_config = model_config.get_text_config(decoder=True)
+        make_scorer = METHODS[self.config.method].scorer
+        compressed = self.plan.shape.compressed
+        layers: list[CacheLayerMixin] = []
+        for index, shape in enumerate(self.plan.shape.layers):
+            if shape.sliding_window is None:
+                scorer = None if make_scorer is None else make_scorer(self.config)
+                layers.append(PyramidKVLayer(index, compressed.index(index), self.plan, scorer))
+            else:
+                layers.append(DynamicSlidingWindowLayer(sliding_window=shape.sliding_window))
+        super().__init__(layers=layers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Store the new keys and values of a layer and return those to attend to; see `PyramidKVLayer.update`."""
+        chosen = getattr(self._model_config, "_attn_implementation", None)
+        if chosen != ATTENTION_NAME:
+            raise UnsupportedError(
+                f"attn_implementation={chosen!r}: a PyramidKVCache is read by {ATTENTION_NAME!r} alone; call "
+                f"model.set_attn_implementation({ATTENTION_NAME!r}) first, or use pyramidkv.compress(model, ...)"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def report(self) -> CacheUsage:
+        """Tokens seen and kept and bytes held, of every layer."""
+        usage = []
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, PyramidKVLayer):
+                usage.append(layer.usage())
+                continue
+            tensors = [t for t in (layer.keys, layer.values) if t is not None]
+            size = sum(t.untyped_storage().nbytes() for t in tensors)
+            kept = tensors[0].shape[2] if tensors else 0
+            usage.append(LayerUsage(index, False, layer.get_seq_length(), kept, size, sum(t.nbytes for t in tensors)))
+        return CacheUsage(self.config.method, tuple(usage))
+
+    def fork(self) -> PyramidKVCache:
+        """An independent copy: continue one compressed context in several ways."""
+        return copy.deepcopy(self, {id(x): x for x in (self._model_config, self.plan, self.config)})
+
+    def __repr__(self) -> str:
+        return f"PyramidKVCache(method={self.config.method!r}, {self.config.describe()}, seen={self.get_seq_length()})"

@@ -1,0 +1,65 @@
+"""The `replace_*` names of the original PyramidKV code: compression for every model of a family, by one call.
+
+A thin form of `compress`: the first call of a model of that class opens a session on it, and "fullkv" closes them all.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import transformers
+
+from pyramidkv.config import CompressionConfig, unknown
+from pyramidkv.errors import ConfigError
+from pyramidkv.scorers import METHODS
+from pyramidkv.session import Session
+
+_NONE = ("fullkv", "full")
+_sessions: dict[type, weakref.WeakKeyDictionary[Any, Session]] = {}
+
+
+def replace_gptneox(method: str = "pyramidkv", **options: Any) -> None:
+    """Compress every `GPTNeoXForCausalLM` from its next call on; "fullkv" puts the class and its models back.
+
+    Raises `ConfigError` for an unknown method or option; options are those of `CompressionConfig`.
+    """
+    _replace(transformers.GPTNeoXForCausalLM, method, options)
+
+
+def replace_llama(method: str = "pyramidkv", **options: Any) -> None:
+    """Compress every `LlamaForCausalLM`; see `replace_gptneox`."""
+    _replace(transformers.LlamaForCausalLM, method, options)
+
+
+def replace_mistral(method: str = "pyramidkv", **options: Any) -> None:
+    """Compress every `MistralForCausalLM`; see `replace_gptneox`."""
+    _replace(transformers.MistralForCausalLM, method, options)
+
+
+def _replace(model_class: type, method: str, options: dict[str, Any]) -> None:
+    if method.lower() in _NONE:
+        if options:
+            raise ConfigError(f"{next(iter(options))}: method={method!r} keeps everything and takes no options")
+        _restore(model_class)
+        return
+    if method.lower() not in METHODS:
+        raise ConfigError(f"method={method!r}: {unknown(method, ['fullkv', *METHODS])}")
+    config = CompressionConfig.make(method=method.lower(), **options)
+    _restore(model_class)
+    sessions = _sessions[model_class] = weakref.WeakKeyDictionary()
+    plain_call = model_class.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self not in sessions:
+            sessions[self] = Session(self, config).open()
+        return plain_call(self, *args, **kwargs)
+
+    model_class.__call__ = call  # type: ignore[method-assign]
+
+
+def _restore(model_class: type) -> None:
+    for session in _sessions.pop(model_class, {}).values():
+        session.close()
+    if "__call__" in vars(model_class):
+        del model_class.__call__

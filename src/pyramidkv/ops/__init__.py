@@ -1,0 +1,1 @@
+"""The tensor operations: one folder or file an operation, its plain torch definition first."""

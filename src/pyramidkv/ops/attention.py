@@ -1,0 +1,46 @@
+"""Attention of new queries over kept and new keys, by torch's SDPA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, valid: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Causal attention; the queries are the last Q of the K tokens.
+
+    Args:
+        query: (B, Hq, Q, D).
+        key, value: (B, Hkv, K, D), Hq a multiple of Hkv.
+        scaling: factor of the logits.
+        valid: (B, K) bool, False for padding and empty slots; None means that all are real.
+        dropout: probability, for training.
+
+    Returns:
+        (B, Hq, Q, D); rows of queries that see nothing are zero.
+    """
+    heads, queries = query.shape[1], query.shape[2]
+    kv_heads, keys = key.shape[1], key.shape[2]
+    groups = heads // kv_heads
+    if queries == 1:
+        # One query a head: the query heads of a KV head become its rows, and no key is repeated.
+        mask = None if valid is None else valid[:, None, None, :]
+        packed = query.reshape(query.shape[0], kv_heads, groups, -1)
+        out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        return out.reshape(query.shape[0], heads, 1, -1)
+    if valid is None and queries == keys:
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1
+        )
+    if groups > 1:  # a mask and grouped heads together would fall to the slow math kernel
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    if valid is None:
+        mask = causal_lower_right(queries, keys)
+    else:
+        row = torch.arange(keys - queries, keys, device=key.device)
+        mask = (torch.arange(keys, device=key.device) <= row[:, None]) & valid[:, None, None, :]
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)

@@ -1,0 +1,145 @@
+"""The methods: what each thinks a key is worth, and how it spreads the budget over the layers.
+
+To add one: a class with `score`, and `@register("name", schedule=...)` above it. Nothing else changes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+from pyramidkv.ops.window_scores import window_scores
+
+if TYPE_CHECKING:
+    from pyramidkv.config import CompressionConfig
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one layer shows a scorer after a forward of Q tokens: K keys, of which the last Q are new."""
+
+    query: Tensor  # (B, Hq, Q, D), rotated, new tokens only
+    key: Tensor  # (B, Hkv, K, D), rotated
+    value: Tensor  # (B, Hkv, K, D)
+    scaling: float
+    valid: Tensor | None  # (B, K) bool, False for padding and empty slots; None: all real
+    positions: Tensor  # (B, Hkv, K) int32: index of each key's token among the real tokens of its row; -1 empty
+    layer: int  # index of the layer in the model
+
+
+class Scorer(ABC):
+    """Says what each key is worth to later tokens."""
+
+    def __init__(self, config: CompressionConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def score(self, seen: Observation) -> Tensor:
+        """(B, Hkv, K) float32; the keys with the highest scores are kept. Invalid slots may have any score."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A scorer and the layer schedule it goes with; `scorer` is None for the full cache."""
+
+    name: str
+    schedule: str
+    scorer: Callable[[CompressionConfig], Scorer] | None
+    summary: str
+
+
+METHODS: dict[str, Method] = {"full": Method("full", "uniform", None, "keep everything: the baseline")}
+
+
+def register(name: str, *, schedule: str = "uniform") -> Callable[[type[Scorer]], type[Scorer]]:
+    """Make a scorer available as `method=name`, with layer budgets by `schedule` ("uniform" or "pyramid")."""
+
+    def add(scorer: type[Scorer]) -> type[Scorer]:
+        METHODS[name] = Method(name, schedule, scorer, (scorer.__doc__ or "").strip().split("\n")[0])
+        return scorer
+
+    return add
+
+
+@register("pyramidkv", schedule="pyramid")
+@register("snapkv")
+class WindowScorer(Scorer):
+    """Attention from the last `window` queries, pooled over neighbours (SnapKV, arXiv 2404.14469, section 4)."""
+
+    def score(self, seen: Observation) -> Tensor:
+        window = min(self.config.window, seen.query.shape[2])
+        scores = window_scores(seen.query[:, :, -window:], seen.key, seen.scaling, seen.valid)
+        # The newest tokens are kept anyway; their high scores must not lift their neighbours.
+        old = max(scores.shape[-1] - self.config.recent_tokens, 0)
+        valid = None if seen.valid is None else seen.valid[:, None, :old]
+        scores[..., :old] = pool(scores[..., :old], self.config.kernel, self.config.pooling, valid)
+        return scores
+
+
+@register("h2o")
+class HeavyHitterScorer(Scorer):
+    """Attention from all queries of the forward (H2O, arXiv 2306.14048, section 4)."""
+
+    def score(self, seen: Observation) -> Tensor:
+        return window_scores(seen.query, seen.key, seen.scaling, seen.valid)
+
+
+@register("streamingllm")
+class StreamingScorer(Scorer):
+    """The first `sinks` tokens and the most recent ones (StreamingLLM, arXiv 2309.17453, section 3)."""
+
+    def score(self, seen: Observation) -> Tensor:
+        position = seen.positions.float()
+        return position.masked_fill(seen.positions < self.config.sinks, float("inf"))
+
+
+@register("knorm")
+class KeyNormScorer(Scorer):
+    """Small key norms first (Devoto et al., arXiv 2406.11430)."""
+
+    def score(self, seen: Observation) -> Tensor:
+        return -torch.linalg.vector_norm(seen.key.float(), dim=-1)
+
+
+@register("random")
+class RandomScorer(Scorer):
+    """A random choice per layer and KV head that depends on the seed and a token's position alone."""
+
+    def score(self, seen: Observation) -> Tensor:
+        heads = seen.key.shape[1]
+        # A hash of the position rather than a generator's stream: a row scores the same in any batch, padded or not.
+        head = torch.arange(heads, device=seen.key.device)[:, None]
+        mixed = (seen.positions.long() + 1) * 0x9E3779B1 + head * 0x85EBCA77 + (seen.layer + 1) * 0xC2B2AE3D
+        mixed = (mixed + (self.config.seed + 1) * 0x27D4EB2F) & 0xFFFFFFFF
+        for shift, factor in ((16, 0x45D9F3B), (15, 0x2C1B3C6D), (16, 0x297A2D39)):
+            mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
+        return mixed.float()
+
+
+def pool(scores: Tensor, kernel: int, kind: str, valid: Tensor | None = None) -> Tensor:
+    """Each score averaged ("avg") or maximised ("max") with its neighbours, `kernel` tokens wide.
+
+    `scores` is (B, H, K); `valid` (B, 1, K) bool leaves tokens out, as the two ends of the sequence are left out.
+    """
+    if kernel == 1 or scores.shape[-1] == 0:
+        return scores
+    pad = kernel // 2
+    if kind == "max":
+        shown = scores if valid is None else scores.masked_fill(~valid, 0.0)  # attention is never below 0
+        return max_pool1d(shown, kernel, stride=1, padding=pad)
+    if valid is None:
+        return avg_pool1d(scores, kernel, stride=1, padding=pad, count_include_pad=False)
+    total = avg_pool1d(scores.masked_fill(~valid, 0.0), kernel, stride=1, padding=pad)
+    share = avg_pool1d(valid.float(), kernel, stride=1, padding=pad)
+    return total / share.clamp(min=1 / (2 * kernel))  # no valid neighbour: the score is 0 either way
+
+
+def methods() -> dict[str, str]:
+    """Every method's name and what it does, in one line each."""
+    return {name: method.summary for name, method in METHODS.items()}

@@ -1,0 +1,119 @@
+"""`compress(model, ...)`: every cache that the model makes for itself is a compressed one while the session is open."""
+
+from __future__ import annotations
+
+import warnings
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
+from pyramidkv.config import CompressionConfig
+from pyramidkv.errors import CompressionWarning, ConfigError, PyramidKVError, UnsupportedError
+from pyramidkv.shape import cache_shape
+from pyramidkv.usage import CacheUsage
+
+
+class Session:
+    """A model under compression; a context manager, made by `compress`. Closing it puts the model back as it was."""
+
+    def __init__(self, model: torch.nn.Module, config: CompressionConfig) -> None:
+        self.model: Any = model
+        self.config = config
+        cache_shape(self.model.config)  # an unsupported model is an error here, not in the middle of a forward
+        self._cache: PyramidKVCache | None = None
+        self._usage: CacheUsage | None = None
+        self._evicted = False
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._attention: str | dict[str, str] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._hook is not None
+
+    def open(self) -> Session:
+        """Start compressing. Raises `ConfigError` if this or another session is open on the model."""
+        if self.is_open or self.model.config._attn_implementation == ATTENTION_NAME:
+            raise ConfigError("model: is already under compression; close that session first")
+        self._attention = self.model.config._attn_implementation
+        self.model.set_attn_implementation(ATTENTION_NAME)
+        self._hook = self.model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
+        return self
+
+    def close(self) -> None:
+        """Stop compressing; closing twice is harmless. Warns (`CompressionWarning`) if nothing was ever evicted."""
+        if self._hook is None:
+            return
+        self._hook.remove()
+        self._hook = None
+        self.model.set_attn_implementation(self._attention)
+        self._settle()
+        if self.config.method != "full" and not self._evicted:
+            why = "no forward filled a cache" if self._usage is None else "every prompt fitted its budget"
+            warnings.warn(f"{self.config.describe()}: nothing was compressed: {why}", CompressionWarning, stacklevel=3)
+
+    def __enter__(self) -> Session:
+        return self.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._evicted = True  # the error is what the caller must see, not the warning
+        self.close()
+
+    def report(self) -> CacheUsage:
+        """What the newest cache holds (or held, once the session is closed). Raises if there was none."""
+        if self._cache is not None:
+            return self._cache.report()
+        if self._usage is None:
+            raise PyramidKVError("nothing to report: the model has not run with a cache in this session")
+        return self._usage
+
+    def _give_cache(
+        self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        past: Cache | None = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self.model.config.get_text_config(decoder=True), "use_cache", True)
+        if isinstance(past, PyramidKVCache) or (past is None and not use_cache):
+            return args, kwargs
+        # generate() makes an empty DynamicCache before its first forward; ours takes its place.
+        if past is not None and (type(past) is not DynamicCache or past.get_seq_length() > 0):
+            raise UnsupportedError(
+                f"past_key_values is a {type(past).__name__} with {past.get_seq_length()} tokens: a session can only "
+                "continue its own caches; leave past_key_values out, or pass a PyramidKVCache"
+            )
+        self._settle()
+        self._cache = PyramidKVCache(self.model.config, self.config)
+        return args, {**kwargs, "past_key_values": self._cache}
+
+    def _settle(self) -> None:
+        """Let the newest cache go, so that its memory is free before the next is filled; remember what it held."""
+        if self._cache is not None and self._cache.get_seq_length() > 0:
+            self._usage = self._cache.report()
+            self._evicted |= self._usage.evicted
+        self._cache = None
+
+
+def compress(model: torch.nn.Module, config: CompressionConfig | None = None, **options: Any) -> Session:
+    """Compress every KV cache that `model` fills inside a `with` block; plain `generate()` and pipelines just work.
+
+        with pyramidkv.compress(model, keep=0.25) as session:
+            model.generate(**inputs, max_new_tokens=128)
+        print(session.report())
+
+    Args:
+        model: a `transformers` causal language model of a supported family.
+        config: the settings; or give them as keyword options, see `CompressionConfig`.
+
+    Raises:
+        ConfigError: an option is unknown or outside what is allowed; the model is already under compression.
+        UnsupportedError: the model's architecture is not one that can be compressed.
+    """
+    if config is not None and options:
+        raise ConfigError(f"{next(iter(options))}: give either config= or keyword options, not both")
+    return Session(model, CompressionConfig.make(**options) if config is None else config)

@@ -1,0 +1,98 @@
+"""The buffers of one layer: a fixed number of slots a row and head, filled from the front.
+
+A slot holds one token's key, value and position. A row with fewer tokens than the others begins with empty slots
+(position -1), so that new tokens go to the same slot in every row. Nothing here decides what to keep, and no gradient
+flows through it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Storage:
+    """Keys (B, H, C, D), values (B, H, C, Dv) and positions (B, H, C) int32 of capacity C, `length` slots in use."""
+
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, length: int, padded: bool) -> None:
+        self.keys = keys
+        self.values = values
+        self.positions = positions
+        self.length = length
+        self.padded = padded  # some slot in use may be empty
+
+    @classmethod
+    def allocate(cls, like_key: Tensor, like_value: Tensor, capacity: int, padded: bool) -> Storage:
+        """Empty buffers for rows and heads of `like_key` (B, H, *, D) and `like_value` (B, H, *, Dv)."""
+        batch, heads = like_key.shape[:2]
+        return cls(
+            like_key.new_empty(batch, heads, capacity, like_key.shape[-1]),
+            like_value.new_empty(batch, heads, capacity, like_value.shape[-1]),
+            torch.full((batch, heads, capacity), -1, dtype=torch.int32, device=like_key.device),
+            0,
+            padded,
+        )
+
+    @classmethod
+    def gather(cls, key: Tensor, value: Tensor, positions: Tensor, index: Tensor, room: int, padded: bool) -> Storage:
+        """The slots `index` (B, H, N), -1 for an empty one, of (B, H, K, *) tensors, and `room` free slots."""
+        kept = index.shape[-1]
+        new = cls.allocate(key, value, kept + room, padded)
+        source = index.clamp(min=0)
+        for buffer, tensor in ((new.keys, key), (new.values, value)):
+            torch.gather(
+                tensor.detach(), 2, source[..., None].expand(-1, -1, -1, tensor.shape[-1]), out=buffer[:, :, :kept]
+            )
+        new.positions[..., :kept] = positions.gather(2, source).masked_fill(index < 0, -1)
+        new.length = kept
+        return new
+
+    @classmethod
+    def whole(cls, key: Tensor, value: Tensor, positions: Tensor, room: int) -> Storage:
+        """All of (B, H, K, *), and `room` free slots."""
+        new = cls.allocate(key, value, key.shape[2] + room, padded=False)
+        new.append(key, value, positions, room)
+        return new
+
+    @property
+    def capacity(self) -> int:
+        """Slots allocated for each row and head."""
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storages behind the buffers, positions included."""
+        return sum(t.untyped_storage().nbytes() for t in self._buffers())
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        """The keys and values in use; no copy."""
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def valid(self) -> Tensor | None:
+        """(B, length) bool, False for empty slots; None when there can be none."""
+        return self.positions[:, 0, : self.length] >= 0 if self.padded else None
+
+    def append(self, key: Tensor, value: Tensor, positions: Tensor, room: int) -> None:
+        """Put (B, H, T, *) behind the slots in use; out of capacity, grow by `room` slots more than that needs."""
+        end = self.length + key.shape[2]
+        if end > self.capacity:
+            self._grow(end + room)
+        self.keys[:, :, self.length : end] = key.detach()
+        self.values[:, :, self.length : end] = value.detach()
+        self.positions[:, :, self.length : end] = positions
+        self.length = end
+
+    def rows(self, index: Tensor) -> Storage:
+        """A copy with the rows `index` (N,), in that order; rows may repeat (beam search) or be left out."""
+        keys, values, positions = (t.index_select(0, index.to(t.device)) for t in self._buffers())
+        return Storage(keys, values, positions, self.length, self.padded)
+
+    def _grow(self, capacity: int) -> None:
+        for name in ("keys", "values", "positions"):
+            old: Tensor = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
+            new[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, new)
+
+    def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.keys, self.values, self.positions
