@@ -39,6 +39,12 @@ class NewTokens:
     valid: Tensor | None  # (B, Q) bool, False for padding; None: all real
     counts: tuple[int, ...] | None  # real tokens of each row; None with `valid`
 
+    def to(self, device: torch.device) -> NewTokens:
+        """On the device of a layer; layers of one model may lie on several."""
+        if self.valid is None or self.valid.device == device:
+            return self
+        return NewTokens(self.valid.to(device), self.counts)
+
 
 ALL_REAL = NewTokens(None, None)
 
@@ -70,8 +76,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         if key_states.shape[2] == 0:
             raise ConfigError("input_ids has zero tokens; a forward needs at least one")
         if self.storage is None:
-            self.counts = self.held = [0] * key_states.shape[0]
-            self.is_initialized = True
+            self.start(key_states.shape[0])
             keys, values = key_states, value_states
         elif key_states.shape[0] != len(self.counts):
             raise ConfigError(
@@ -152,18 +157,28 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scaling: float, dropout: float
     ) -> Tensor:
         """Attention of (B, Hq, Q, D) queries over what `update` returned, then the eviction. Returns (B, Hq, Q, D)."""
-        queries, slots = query.shape[2], key.shape[2]
-        if new.valid is not None and new.valid.device != key.device:  # layers spread over devices
-            new = NewTokens(new.valid.to(key.device), new.counts)
-        appended = self.storage is not None and queries == 1
-        valid = self._visible(new, queries, slots, appended)
+        new = new.to(key.device)
+        valid = self.visible(new, query.shape[2], key.shape[2])
         out = attention(query, key, value, scaling, valid, dropout)
-        self.counts = [n + (queries if new.counts is None else new.counts[row]) for row, n in enumerate(self.counts)]
-        self.held = [n + (queries if new.counts is None else new.counts[row]) for row, n in enumerate(self.held)]
-        if not appended:
+        self.absorb(query, key, value, valid, new, scaling)
+        return out
+
+    def absorb(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, new: NewTokens, scaling: float
+    ) -> None:
+        """Take note of the new tokens of a forward; after more than one query, evict."""
+        queries = query.shape[2]
+        fresh = new.counts or [queries] * len(self.counts)
+        self.counts = [n + m for n, m in zip(self.counts, fresh, strict=True)]
+        self.held = [n + m for n, m in zip(self.held, fresh, strict=True)]
+        if not self._appends(queries):
             self._evict(query, key, value, valid, new, scaling)
         self.seen += queries
-        return out
+
+    def start(self, batch: int) -> None:
+        """Make ready for the first tokens of `batch` rows."""
+        self.counts = self.held = [0] * batch
+        self.is_initialized = True
 
     def usage(self) -> LayerUsage:
         """What this layer holds."""
@@ -199,27 +214,29 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             self.offset = total if self.offset is None else self.offset + total
         return columns.expand(len(self.counts), heads, queries)
 
-    def _visible(self, new: NewTokens, queries: int, slots: int, appended: bool) -> Tensor | None:
+    def _appends(self, queries: int) -> bool:
+        """Whether a forward of that many tokens writes straight into the buffer: decoding, after a first forward."""
+        return self.storage is not None and queries == 1
+
+    def visible(self, new: NewTokens, queries: int, slots: int) -> Tensor | None:
         """(B, K) bool: which of the slots attended to hold a real token; None for all of them."""
-        if appended and new.valid is not None:
+        if self._appends(queries):
             assert self.storage is not None
-            self.storage.padded = True
-            self.storage.positions[:, :, self.storage.length - 1].masked_fill_(~new.valid, -1)
-            pad = -(~new.valid).int()[:, None]
-            self.offset = pad if self.offset is None else self.offset + pad
+            if new.valid is not None:
+                self.storage.padded = True
+                self.storage.positions[:, :, self.storage.length - 1].masked_fill_(~new.valid, -1)
+                pad = -(~new.valid).int()[:, None]
+                self.offset = pad if self.offset is None else self.offset + pad
+            return self.storage.valid()
         past = None if self.storage is None else self.storage.valid()
-        if appended or (past is None and new.valid is None):
-            return past
-        rows = len(self.counts)
-        device = new.valid.device if new.valid is not None else past.device  # type: ignore[union-attr]
-        ones = torch.ones(rows, 1, dtype=torch.bool, device=device)
-        return torch.cat(
-            [
-                ones.expand(rows, slots - queries) if past is None else past,
-                ones.expand(rows, queries) if new.valid is None else new.valid,
-            ],
-            dim=1,
-        )
+        if past is None and new.valid is None:
+            return None
+        if past is None:
+            assert new.valid is not None
+            past = torch.ones(len(self.counts), slots - queries, dtype=torch.bool, device=new.valid.device)
+        if new.valid is None:
+            return torch.cat([past, past.new_ones(len(self.counts), queries)], dim=1)
+        return torch.cat([past, new.valid], dim=1)
 
     def _evict(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, new: NewTokens, scaling: float
