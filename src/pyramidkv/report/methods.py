@@ -1,0 +1,154 @@
+"""Every method at every setting, quality beside bytes; and every engine at every batch and prompt length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyramidkv.evaluate.schema import Compression, Recall, Speed, accuracy_interval
+from pyramidkv.report.results import (
+    FULL,
+    Corpus,
+    Measured,
+    Results,
+    Task,
+    Variant,
+    Workload,
+    fastest,
+    kv_share,
+)
+from pyramidkv.report.summary import corpus_label, describe, model_suffix
+from pyramidkv.report.table import NOT_MEASURED, Cell, Table
+from pyramidkv.report.text import bounds, method_name, percent, seconds, share, shares, significant, size, spread
+
+
+def methods_table(results: Results) -> Table:
+    """One line for each method and setting: perplexity change per corpus, recall per task, KV bytes, TTFT, TPOT."""
+    workload = results.workloads[0] if results.workloads else None
+    columns = ["Method", "KV of full"]
+    columns += [f"{corpus_label(results, corpus)} PPL" for corpus in results.corpora]
+    columns += [task_label(results, task) for task in results.tasks]
+    columns += ["TTFT", "TPOT"] if workload else []
+    baseline = [c.setting for c in _compressions(results, workload, None)]
+    variants = [Variant(FULL, baseline[0])] if baseline else []
+    variants += sorted(results.variants, key=lambda v: -round(_kept(results, workload, v), 2))
+    shared = shared_words([variant.setting for variant in results.variants])
+    notes = ["Compare lines of equal KV bytes."]
+    if results.corpora:
+        notes.append("PPL: change against the full cache, its 95% interval, and the perplexity.")
+    if results.tasks:
+        probes = sorted({sum(row.probes) for row in results.recalls})
+        counted = f"{probes[0]}" if len(probes) == 1 else f"{probes[0]} to {probes[-1]}"
+        notes.append(f"Recall: exact match of {counted} probes, and its 95% interval.")
+    if shared:
+        notes.append(f"On every line: {' '.join(shared)}.")
+    if workload:
+        notes.append(f"TTFT and TPOT: {describe(workload)}, fastest engine of each line, median with min-max.")
+    rows = tuple(_row(results, workload, variant, shared) for variant in variants)
+    return Table("All methods and settings", tuple(columns), rows, tuple(notes))
+
+
+def engines_table(results: Results) -> Table:
+    """One line for each engine, batch and prompt length as measured: nothing is chosen here."""
+    columns = ("Engine", "Method", "KV cache", "Max memory", "TTFT", "TPOT", "Floor of TPOT", "Throughput")
+    rows = tuple(_engine_row(results, row) for workload in results.workloads for row in results.speed_rows(workload))
+    notes = "Floor: (weight bytes + KV bytes read) / measured copy bandwidth. Times: median with min-max."
+    return Table("All engines", columns, rows, (notes,))
+
+
+def task_label(results: Results, task: Task) -> str:
+    """A recall task by name, with what tells two of the same name apart."""
+    label = task.name
+    if len({t.context_tokens for t in results.tasks if t.name == task.name}) > 1:
+        label += f" @ {task.context_tokens}"
+    if task.question_aware:
+        label += " (question seen)"
+    return label + model_suffix(results, task.model)
+
+
+def accuracy_cell(row: Recall) -> Cell:
+    """An accuracy with its 95% interval."""
+    low, high = accuracy_interval(row)
+    return Cell(share(row.accuracy), f"{share(low)[:-1]}-{share(high)}")
+
+
+def shared_words(settings: Sequence[str]) -> list[str]:
+    """The words that all settings have, said once below the table; none for a single setting."""
+    if len(settings) < 2:
+        return []
+    return [word for word in settings[0].split() if all(word in setting.split() for setting in settings)]
+
+
+def _fits(compression: Compression, variant: Variant | None) -> bool:
+    if variant is None or variant.method == FULL:  # one full cache, whatever words a record has for its setting
+        return compression.method == FULL
+    return (compression.method, compression.setting) == variant
+
+
+def _compressions(results: Results, workload: Workload | None, variant: Variant | None) -> list[Compression]:
+    """What a variant kept: speed rows of the first workload, then perplexity, then recall."""
+    speeds = results.speed_rows(workload) if workload else []
+    rows: list[Measured] = [*speeds, *results.perplexities, *results.recalls]
+    return [row.compression for row in rows if _fits(row.compression, variant)]
+
+
+def _kept(results: Results, workload: Workload | None, variant: Variant) -> float:
+    found = _compressions(results, workload, variant) or _compressions(results, None, variant)
+    return kv_share(found[0]) if found else 0.0
+
+
+def _row(results: Results, workload: Workload | None, variant: Variant, shared: Sequence[str]) -> tuple[Cell, ...]:
+    words = [word for word in variant.setting.split() if word not in shared]
+    cells = [Cell(method_name(variant.method), "" if variant.method == FULL else " ".join(words))]
+    cells.append(_kv_cell(_compressions(results, workload, variant)))
+    cells += [_perplexity_cell(results, corpus, variant) for corpus in results.corpora]
+    cells += [_recall_cell(results, task, variant) for task in results.tasks]
+    if workload:
+        rows = [row for row in results.speed_rows(workload) if _fits(row.compression, variant)]
+        cells += _time_cells(fastest(rows))
+    return tuple(cells)
+
+
+def _kv_cell(found: Sequence[Compression]) -> Cell:
+    if not found:
+        return NOT_MEASURED
+    return Cell(shares([kv_share(c) for c in found]), size(found[0].kv_bytes))
+
+
+def _perplexity_cell(results: Results, corpus: Corpus, variant: Variant) -> Cell:
+    rows = [row for row in results.perplexity_rows(corpus) if _fits(row.compression, variant)]
+    if not rows:
+        return NOT_MEASURED
+    if variant.method == FULL:
+        return Cell(significant(rows[0].perplexity, 4))
+    change = results.change(rows[0])
+    if change is None:
+        return Cell(significant(rows[0].perplexity, 4), "no full cache to compare with")
+    return Cell(percent(change.value), f"{bounds(change)}; {significant(rows[0].perplexity, 4)}")
+
+
+def _recall_cell(results: Results, task: Task, variant: Variant) -> Cell:
+    rows = [row for row in results.recall_rows(task) if _fits(row.compression, variant)]
+    return accuracy_cell(rows[0]) if rows else NOT_MEASURED
+
+
+def _time_cells(row: Speed | None) -> list[Cell]:
+    if row is None:
+        return [NOT_MEASURED, NOT_MEASURED]
+    return [Cell(seconds(times.median), spread(times)) for times in (row.ttft_seconds, row.tpot_seconds)]
+
+
+def _engine_row(results: Results, row: Speed) -> tuple[Cell, ...]:
+    compression = row.compression
+    workload = f"batch {row.batch}, prompt {row.prompt_tokens}, {row.new_tokens} new"
+    floor = row.tpot_floor_seconds
+    return (
+        Cell(row.engine, workload + model_suffix(results, row.model)),
+        Cell(method_name(compression.method), compression.setting if compression.method != FULL else ""),
+        Cell(size(compression.kv_bytes), f"{share(kv_share(compression))} of full"),
+        Cell(size(row.max_memory_bytes), f"{size(row.weights_bytes)} weights")
+        if row.max_memory_bytes is not None
+        else NOT_MEASURED,
+        *_time_cells(row),
+        Cell(seconds(floor), f"TPOT is {significant(row.tpot_seconds.median / floor, 2)}x") if floor else NOT_MEASURED,
+        Cell(f"{significant(row.throughput_tokens_per_second)} tok/s"),
+    )

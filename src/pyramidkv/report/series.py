@@ -1,0 +1,58 @@
+"""The curves of a figure: a method whose settings differ in the budget alone is one curve, otherwise it is several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyramidkv.evaluate.schema import Compression
+from pyramidkv.report.results import Results, Variant
+from pyramidkv.report.style import looks
+from pyramidkv.report.text import method_name
+
+_BUDGETS = ("keep=", "budget=", "bytes=")
+
+
+@dataclass(frozen=True)
+class Series:
+    """The points that share a colour, a marker and a name in the legend."""
+
+    name: str
+    colour: str
+    marker: str
+    variants: tuple[Variant, ...]
+    strong: bool  # the chosen method's, drawn to stand out
+
+    def holds(self, compression: Compression) -> bool:
+        return Variant(compression.method, compression.setting) in self.variants
+
+
+def series_of(results: Results) -> tuple[Series, ...]:
+    """Every curve, the chosen method's first, the others in the order of the file."""
+    chosen = Variant(results.chosen.method, results.chosen.setting) if results.chosen else None
+    variants = sorted(results.variants, key=lambda variant: variant != chosen)
+    names = {variant: _name(variant, variants) for variant in variants}
+    look = looks(list(dict.fromkeys(names.values())))
+    return tuple(
+        Series(
+            name,
+            *look[name],
+            tuple(v for v in variants if names[v] == name),
+            chosen is not None and names[chosen] == name,
+        )
+        for name in look
+    )
+
+
+def colour_of(results: Results, method: str) -> str:
+    """The colour of a method's first curve; of a method without one, the next that is free."""
+    series = series_of(results)
+    free = looks([*(s.name for s in series), method])[method][0]
+    return next((s.colour for s in series if any(v.method == method for v in s.variants)), free)
+
+
+def _name(variant: Variant, variants: Sequence[Variant]) -> str:
+    """The method, and those words of its setting, beside the budget, that not all its settings have."""
+    own = [v.setting.split() for v in variants if v.method == variant.method]
+    words = [w for w in variant.setting.split() if not w.startswith(_BUDGETS) and not all(w in words for words in own)]
+    return " ".join([method_name(variant.method), *words])
