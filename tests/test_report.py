@@ -28,7 +28,17 @@ from pyramidkv.evaluate.schema import (
     append,
     to_json,
 )
-from pyramidkv.report import Cell, Results, Table, engines_table, headline, methods_table, summary_table, write
+from pyramidkv.report import (
+    Cell,
+    Results,
+    Table,
+    engines_table,
+    headline,
+    methods_table,
+    summary_table,
+    workload_tables,
+    write,
+)
 from pyramidkv.report import text as numbers
 from pyramidkv.report.series import series_of
 
@@ -230,7 +240,7 @@ def test_skipped_rows_appear_with_their_reason() -> None:
     records: list[Record] = [
         run(),
         *default_records()[1:3],
-        Skipped("perplexity on pg19", "no network"),
+        Skipped("perplexity on pg19", "not measured: no network"),
         Skipped("speed", "no time left"),
         Skipped("recall on needle", "no tokenizer"),
     ]
@@ -290,6 +300,14 @@ def test_methods_table_has_every_variant_beside_its_bytes() -> None:
     assert table.rows[1][1] == Cell("50.0%", "1.00 GB")
     assert table.rows[1][2].value == "+4.1%"  # e^(0.02 / 0.5) - 1
     assert table.rows[1][4].value == "90.0%"
+
+
+def test_a_variant_of_a_later_workload_only_has_its_line() -> None:
+    later = [speed(FULL, "DynamicCache", 0.7, 0.08, None, batch=8), speed(KEPT, "pyramidkv", 0.7, 0.02, None, batch=8)]
+    results = Results.from_records([run(), speed(FULL, "DynamicCache", 0.1, 0.07, None), *later])
+    cells = rows_of(methods_table(results))["PyramidKV"]
+    assert [cell.value for cell in cells] == ["25.0%", "not measured", "not measured"]
+    assert rows_of(workload_tables(results)[0])["TPOT"][2].value == "x4.0 faster"
 
 
 def test_engines_table_leaves_nothing_out() -> None:

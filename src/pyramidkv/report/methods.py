@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pyramidkv.evaluate.schema import Compression, Recall, Speed, accuracy_interval
@@ -28,9 +29,10 @@ def methods_table(results: Results) -> Table:
     columns += [f"{corpus_label(results, corpus)} PPL" for corpus in results.corpora]
     columns += [task_label(results, task) for task in results.tasks]
     columns += ["TTFT", "TPOT"] if workload else []
-    baseline = [c.setting for c in _compressions(results, workload, None)]
-    variants = [Variant(FULL, baseline[0])] if baseline else []
-    variants += sorted(results.variants, key=lambda v: -round(_kept(results, workload, v), 2))
+    full = Variant(FULL, "")
+    variants = [full] if _compressions(results, full) else []
+    order = {method: place for place, method in enumerate(dict.fromkeys(v.method for v in results.variants))}
+    variants += sorted(results.variants, key=lambda v: (-_kept_class(results, v), order[v.method]))
     shared = shared_words([variant.setting for variant in results.variants])
     notes = ["Compare lines of equal KV bytes."]
     if results.corpora:
@@ -78,28 +80,27 @@ def shared_words(settings: Sequence[str]) -> list[str]:
     return [word for word in settings[0].split() if all(word in setting.split() for setting in settings)]
 
 
-def _fits(compression: Compression, variant: Variant | None) -> bool:
-    if variant is None or variant.method == FULL:  # one full cache, whatever words a record has for its setting
+def _fits(compression: Compression, variant: Variant) -> bool:
+    if variant.method == FULL:  # one full cache, whatever words a record has for its setting
         return compression.method == FULL
     return (compression.method, compression.setting) == variant
 
 
-def _compressions(results: Results, workload: Workload | None, variant: Variant | None) -> list[Compression]:
-    """What a variant kept: speed rows of the first workload, then perplexity, then recall."""
-    speeds = results.speed_rows(workload) if workload else []
-    rows: list[Measured] = [*speeds, *results.perplexities, *results.recalls]
+def _compressions(results: Results, variant: Variant) -> list[Compression]:
+    """What a variant kept in every row that measured it: speed rows first, then perplexity, then recall."""
+    rows: list[Measured] = [*results.speeds, *results.perplexities, *results.recalls]
     return [row.compression for row in rows if _fits(row.compression, variant)]
 
 
-def _kept(results: Results, workload: Workload | None, variant: Variant) -> float:
-    found = _compressions(results, workload, variant) or _compressions(results, None, variant)
-    return kv_share(found[0]) if found else 0.0
+def _kept_class(results: Results, variant: Variant) -> int:
+    """KV shares that differ by less than a fifth or so are one class: whole tokens round differently per method."""
+    return round(4 * math.log2(kv_share(_compressions(results, variant)[0])))
 
 
 def _row(results: Results, workload: Workload | None, variant: Variant, shared: Sequence[str]) -> tuple[Cell, ...]:
     words = [word for word in variant.setting.split() if word not in shared]
     cells = [Cell(method_name(variant.method), "" if variant.method == FULL else " ".join(words))]
-    cells.append(_kv_cell(_compressions(results, workload, variant)))
+    cells.append(_kv_cell(_compressions(results, variant)))
     cells += [_perplexity_cell(results, corpus, variant) for corpus in results.corpora]
     cells += [_recall_cell(results, task, variant) for task in results.tasks]
     if workload:

@@ -320,9 +320,11 @@ def _compared(results: Results, key: Callable[[Speed], float]) -> list[tuple[Spe
 
 
 def _engine(results: Results, row: Speed) -> str:
-    name = row.engine.removeprefix("transformers ")
-    if row.compression.method != FULL and method_name(row.compression.method).lower() not in name.lower():
-        name = f"{method_name(row.compression.method)}, {name}"
+    """The engine, and for a compressed cache the method, by the name it has elsewhere in the figure."""
+    name, method = row.engine.removeprefix("transformers "), row.compression.method
+    if method != FULL:
+        name = name.removeprefix("pyramidkv ").replace(method, method_name(method))
+        name = name if method_name(method) in name else f"{method_name(method)}, {name}"
     return name + _where(results, row)
 
 

@@ -82,7 +82,8 @@ def model_suffix(results: Results, model: str) -> str:
 def _title(results: Results) -> str:
     if results.chosen is None:
         return results.run.model
-    return f"{results.run.model}: full cache and {method_name(results.chosen.method)} ({results.chosen.setting})"
+    setting = results.chosen.setting or "defaults"
+    return f"{results.run.model}: full cache and {method_name(results.chosen.method)} ({setting})"
 
 
 def _columns(results: Results) -> tuple[str, ...]:
@@ -126,7 +127,7 @@ class _Reasons:
 
 
 def _missing(reason: str) -> Cell:
-    return Cell("not measured", reason, "missing")
+    return Cell("not measured", reason.removeprefix("not measured: "), "missing")
 
 
 def _perplexity_rows(results: Results, reasons: _Reasons) -> list[tuple[Cell, ...]]:

@@ -11,7 +11,7 @@ from rich import box
 from rich.text import Text
 
 Tone = Literal["", "better", "worse", "missing"]
-_SHORT = 16  # characters of small print that a narrow column should not break
+_SHORT = 24  # characters of small print that a narrow column should not break
 _STYLES: dict[Tone, str] = {"": "", "better": "green", "worse": "red", "missing": "dim"}
 
 

@@ -9,15 +9,12 @@ from pyramidkv.evaluate.schema import Change, Spread
 
 _NAMES = {
     "full": "Full cache",
-    "pyramidkv": "PyramidKV",
-    "snapkv": "SnapKV",
     "h2o": "H2O",
-    "streaming": "StreamingLLM",
-    "streamingllm": "StreamingLLM",
+    "knorm": "Key norm",
+    "pyramidkv": "PyramidKV",
     "random": "Random",
-    "keynorm": "Key norm",
-    "key_norm": "Key norm",
-    "rms": "RMS",
+    "snapkv": "SnapKV",
+    "streamingllm": "StreamingLLM",
 }
 
 
