@@ -104,7 +104,8 @@ class KeyNormScorer(Scorer):
     """Small key norms first (Devoto et al., arXiv 2406.11430)."""
 
     def score(self, seen: Observation) -> Tensor:
-        return -torch.linalg.vector_norm(seen.key.float(), dim=-1)
+        norm: Tensor = torch.linalg.vector_norm(seen.key.float(), dim=-1)
+        return -norm
 
 
 @register("random")

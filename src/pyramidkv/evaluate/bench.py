@@ -1,0 +1,352 @@
+"""The benchmark: a list of jobs, each of which appends its records to `results.jsonl` when it is done.
+
+What is measured, and how, is in `perplexity.py`, `recall.py` and `speed.py`; here is only what runs in which order,
+what is skipped and why, and how a run that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pyramidkv
+from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache, PyramidKVLayer
+from pyramidkv.config import CompressionConfig, unknown
+from pyramidkv.errors import ConfigError, DataError
+from pyramidkv.evaluate import perplexity, recall, schema, speed, tasks, texts
+from pyramidkv.evaluate.schema import Layers, Record, Run, Skipped
+from pyramidkv.models.hub import hub_problem
+from pyramidkv.models.source import DEFAULT_MODEL, LoadedModel, load_model
+
+RESULTS = "results.jsonl"
+METRICS = ("perplexity", "recall", "speed")
+
+# (what is being measured, steps done, steps in all): for a progress bar.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. Lengths are in tokens."""
+
+    configs: tuple[CompressionConfig, ...]  # the first is the one the report's table shows
+    model: str = DEFAULT_MODEL
+    device: str = "auto"
+    dtype: str = "auto"
+    metrics: tuple[str, ...] = METRICS
+    corpora: tuple[str, ...] = ()  # none: the Python reference, and those of the hub if it answers
+    text: tuple[str, ...] = ()  # NAME=FILE_OR_FOLDER
+    context: int = 1536
+    target: int = 512
+    chunks: int = 12
+    recall_context: tuple[int, ...] = (2048,)
+    recall_examples: int = 8
+    prompt: int = 3840
+    batch: tuple[int, ...] = (1,)
+    new_tokens: int = 128
+    repeats: int = 5
+
+    def check(self) -> None:
+        """Raise `ConfigError` for what can be known to be wrong before any model is loaded."""
+        for metric in self.metrics:
+            if metric not in METRICS:
+                raise ConfigError(f"metric={metric!r}: {unknown(metric, METRICS)}")
+        least = {"chunks": 1, "recall_examples": 1, "prompt": 1, "new_tokens": 2, "repeats": 1}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least {smallest}")
+        if any(b < 1 for b in self.batch):
+            raise ConfigError(f"batch={min(self.batch)}: must be at least 1")
+        compressed = [c for c in self.configs if c.method != "full"]
+        if not compressed:
+            raise ConfigError("method: give at least one that compresses; the full cache is always measured beside it")
+        if "perplexity" in self.metrics:
+            perplexity.check_lengths(self.context, self.target, compressed)
+        for name, length in [("prompt", self.prompt), *(("recall_context", n) for n in self.recall_context)]:
+            if name.split("_")[0] in ("prompt" if "speed" in self.metrics else "", *self.metrics):
+                _check_prompt(name, length, compressed)
+
+
+def _check_prompt(name: str, length: int, configs: Sequence[CompressionConfig]) -> None:
+    for config in configs:
+        if length <= max(config.floor, config.window - 1):
+            raise ConfigError(
+                f"{name}={length}: must be longer than window={config.window} and the {config.floor} tokens always kept"
+            )
+        if config.budget is not None and config.budget >= length:
+            raise ConfigError(f"budget={config.budget}: must be below {name}={length}, or nothing is compressed")
+
+
+@dataclass
+class _File:
+    """A results file being written; knows what it holds already."""
+
+    path: Path
+    done: set[str] = field(default_factory=set)
+
+    def has(self, job: str) -> bool:
+        return job in self.done
+
+    def add(self, job: str, records: Sequence[Record]) -> None:
+        for record in records:
+            schema.append(self.path, record)
+        self.done.add(job)
+
+
+def run(
+    settings: Settings, out: Path, *, resume: bool = False, force: bool = False, progress: Progress = lambda *_: None
+) -> Path:
+    """Measure everything that is not yet in `out`/results.jsonl and return that path.
+
+    Raises `ConfigError` if the file is there and neither `resume` nor `force` is given, or if it was made with other
+    settings; `DataError` for a corpus that was asked for by name and can't be had.
+    """
+    settings.check()
+    path = out / RESULTS
+    existing = _existing(path, resume, force)
+    corpora, skipped = _corpora(settings)
+    out.mkdir(parents=True, exist_ok=True)
+    loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+    head = _head(settings, loaded)
+    file = _File(path)
+    if existing:
+        _check_same(path, schema.cast_run(existing), head)
+        file.done = {_job(record) for record in existing[1:]}
+    else:
+        if force:
+            path.unlink(missing_ok=True)
+        _write_first(path, head)
+    for note in skipped:
+        if not file.has(note.what):
+            file.add(note.what, [note])
+    if "perplexity" in settings.metrics:
+        _perplexity(settings, loaded, corpora, file, progress)
+    if "recall" in settings.metrics:
+        _recall(settings, loaded, file, progress)
+    if "speed" in settings.metrics:
+        _speed(settings, loaded, file, progress)
+    return path
+
+
+def _existing(path: Path, resume: bool, force: bool) -> list[Record]:
+    if resume and force:
+        raise ConfigError(
+            "resume and force: give one of them; the first goes on with a results file, the second drops it"
+        )
+    if not path.exists():
+        return []
+    if resume:
+        return schema.read(path)
+    if not force:
+        raise ConfigError(f"out={str(path.parent)!r}: {path} is there; --resume goes on with it, --force replaces it")
+    return []
+
+
+def _write_first(path: Path, head: Run) -> None:
+    try:
+        schema.append(path, head)
+    except OSError as error:
+        raise ConfigError(f"out={str(path.parent)!r}: can't be written: {error.strerror}") from error
+
+
+def _corpora(settings: Settings) -> tuple[list[texts.Corpus], list[Skipped]]:
+    """The corpora to measure on, and those left out of the default because the hub can't be reached."""
+    if "perplexity" not in settings.metrics:
+        return [], []
+    own = [texts.parse_text(argument) for argument in settings.text]
+    if settings.corpora:
+        return [*(texts.load(name) for name in settings.corpora), *own], []
+    given = {corpus.name for corpus in own}
+    hub = [name for name in texts.NAMES if name != texts.LOCAL and name not in given]
+    problem = hub_problem()
+    if problem is None:
+        return [texts.load(texts.LOCAL), *(texts.load(name) for name in hub), *own], []
+    reason = f"not measured: {problem}; with a copy on disk use --text"
+    return [texts.load(texts.LOCAL), *own], [
+        Skipped(f"perplexity on {name}", f"{reason} {name}=FILE_OR_FOLDER") for name in hub
+    ]
+
+
+def _head(settings: Settings, loaded: LoadedModel) -> Run:
+    main = settings.configs[0]
+    shown = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name != "configs"}
+    device: torch.device = loaded.model.device
+    return Run(
+        command=shlex.join(["pyramidkv", *sys.argv[1:]]),
+        started_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        device=device_name(device),
+        versions={
+            "python": platform.python_version(),
+            "pyramidkv": pyramidkv.__version__,
+            **{name: metadata.version(name) for name in ("torch", "transformers")},
+        },
+        model=loaded.name,
+        model_parameters=loaded.parameters,
+        weights_random=loaded.weights_random,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        settings={
+            "method": main.method,
+            "keep": main.keep,
+            "configs": [f"{c.method} {c.describe()}" for c in settings.configs],
+            **shown,
+        },
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a device as its maker gives it, with the number of threads used on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def _check_same(path: Path, old: Run, new: Run) -> None:
+    changing = {"command", "started_utc"}
+    # Through JSON, since that is what became of the old one: tuples are lists there.
+    before, now = (dataclasses.asdict(schema.from_json(schema.to_json(r))) for r in (old, new))
+    for name in before:
+        if name not in changing and before[name] != now[name]:
+            raise ConfigError(
+                f"resume: {path} was made with {name}={before[name]!r}, this run has {now[name]!r}; "
+                "use the same settings, or another --out"
+            )
+
+
+def _job(record: Record) -> str:
+    """The name of the job that a record belongs to."""
+    match record:
+        case schema.Perplexity():
+            return f"perplexity on {record.corpus}"
+        case schema.Recall():
+            return f"recall of {record.task} at {record.context_tokens}"
+        case schema.Speed():
+            return f"speed at batch {record.batch}"
+        case Layers():
+            return f"layers of {record.method}"
+        case Skipped():
+            return record.what
+        case Run():
+            raise DataError("a results file has one run record, its first line")
+
+
+def _perplexity(
+    settings: Settings, loaded: LoadedModel, corpora: Sequence[texts.Corpus], file: _File, progress: Progress
+) -> None:
+    if _not_measurable(loaded, [f"perplexity on {corpus.name}" for corpus in corpora], file):
+        return
+    for number, corpus in enumerate(corpora):
+        job = f"perplexity on {corpus.name}"
+        pieces = texts.chunks(
+            corpus, loaded.tokenizer, tokens=settings.context + settings.target + 1, count=settings.chunks
+        )
+        if not file.has(job):
+            steps = perplexity.measure(
+                loaded.model, loaded.name, corpus, pieces, settings.configs, context=settings.context
+            )
+            file.add(job, _last(steps, job, len(pieces), progress))
+        if number == 0:
+            job = f"layers of {settings.configs[0].method}"
+            if not file.has(job):
+                file.add(job, [_layers(loaded, settings.configs[0], pieces[0][: settings.context])])
+
+
+def _recall(settings: Settings, loaded: LoadedModel, file: _File, progress: Progress) -> None:
+    jobs = [(task, n) for n in settings.recall_context for task in tasks.TASKS]
+    if _not_measurable(loaded, [f"recall of {task} at {n}" for task, n in jobs], file):
+        return
+
+    tokenizer: Any = loaded.tokenizer
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    for task, length in jobs:
+        job = f"recall of {task} at {length}"
+        if file.has(job):
+            continue
+        examples = tasks.make_examples(task, n=settings.recall_examples, tokens=length, count_tokens=count, seed=0)
+        steps = recall.measure(loaded.model, loaded.tokenizer, loaded.name, examples, settings.configs, context=length)
+        file.add(job, _last(steps, job, len(examples), progress))
+
+
+def _speed(settings: Settings, loaded: LoadedModel, file: _File, progress: Progress) -> None:
+    device: torch.device = loaded.model.device
+    todo = [batch for batch in settings.batch if not file.has(f"speed at batch {batch}")]
+    bandwidth = speed.copy_bandwidth(device) if todo and device.type != "mps" else None
+    for batch in todo:
+        steps = speed.measure(
+            loaded.model,
+            loaded.name,
+            speed.engines(settings.configs[:1], device),
+            batch=batch,
+            prompt=settings.prompt,
+            new_tokens=settings.new_tokens,
+            repeats=settings.repeats,
+            weights_random=loaded.weights_random,
+            bandwidth=bandwidth,
+        )
+        job = f"speed at batch {batch}"
+        file.add(job, _last(steps, job, settings.repeats, progress))
+
+
+def _not_measurable(loaded: LoadedModel, jobs: Sequence[str], file: _File) -> bool:
+    """Note why quality can't be measured on this model, if it can't."""
+    if not loaded.weights_random and loaded.tokenizer is not None:
+        return False
+    reason = "not measured (random weights)" if loaded.weights_random else "not measured (the model has no tokenizer)"
+    for job in jobs:
+        if not file.has(job):
+            file.add(job, [Skipped(job, reason)])
+    return True
+
+
+def _last(steps: Iterator[list[Any]], job: str, total: int, progress: Progress) -> list[Any]:
+    """Run a measurement to its end; only a finished one is written down."""
+    progress(job, 0, total)
+    records: list[Any] = []
+    for done, records in enumerate(steps, 1):  # noqa: B007
+        progress(job, done, total)
+    return records
+
+
+def _layers(loaded: LoadedModel, config: CompressionConfig, prompt: Sequence[int]) -> Layers:
+    model = loaded.model
+    before = model.config._attn_implementation
+    cache = PyramidKVCache(model.config, replace(config, room=1))
+    try:
+        model.set_attn_implementation(ATTENTION_NAME)
+        with torch.no_grad():
+            model(torch.tensor([list(prompt)], device=model.device), past_key_values=cache, logits_to_keep=1)
+    finally:
+        model.set_attn_implementation(before)
+    layers = [layer for layer in cache.layers if isinstance(layer, PyramidKVLayer)]
+    kept = []
+    for layer in layers:
+        assert layer.storage is not None
+        positions = layer.storage.positions[0, :, : layer.storage.length].tolist()
+        kept.append(tuple(tuple(p for p in head if p >= 0) for head in positions))
+    return Layers(
+        model=loaded.name,
+        method=config.method,
+        prompt_tokens=len(prompt),
+        budget_tokens=tuple(layer.usage().kept_tokens for layer in layers),
+        kv_bytes=tuple(layer.usage().kv_bytes for layer in layers),
+        kept_positions=tuple(kept),
+    )
