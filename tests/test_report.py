@@ -242,14 +242,15 @@ def test_skipped_rows_appear_with_their_reason() -> None:
         *default_records()[1:3],
         Skipped("perplexity on pg19", "not measured: no network"),
         Skipped("speed", "no time left"),
-        Skipped("recall on needle", "no tokenizer"),
+        Skipped("recall of needle", "not measured (no tokenizer)"),
+        Skipped("recall of chain", "not measured (no tokenizer)"),
     ]
     rows = summary(records)
     assert rows["wiki PPL"][1].value == "22.20"
     assert rows["pg19 PPL"][0] == Cell("not measured", "no network", "missing")
     for metric in ("Max memory", "TPOT", "Throughput", "TTFT"):
         assert rows[metric][0].detail == "no time left", metric
-    assert rows["recall on needle"][0].detail == "no tokenizer"
+    assert rows["recall of needle and recall of chain"][0] == Cell("not measured", "no tokenizer", "missing")
     assert rows["KV cache memory"][1].value == "0.500 GB"  # known from the perplexity rows
 
 

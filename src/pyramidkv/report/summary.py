@@ -23,12 +23,13 @@ from pyramidkv.report.results import (
     kv_source,
 )
 from pyramidkv.report.table import NOT_MEASURED, Cell, Table, Tone
-from pyramidkv.report.text import interval, method_name, percent, seconds, share, significant, size, spread
+from pyramidkv.report.text import enumeration, interval, method_name, percent, seconds, share, significant, size, spread
 
 RANDOM_WEIGHTS = "random weights"
 _NO_RECORD = "no record in the results file"
 _UNREADABLE = "not readable on this device"
 _QUALITY = re.compile(r"\b(perplexity|ppl)\b", re.IGNORECASE)
+_SAID = re.compile(r"^not measured(?:: (.*)| \((.*)\))$")
 _SPEED = re.compile(r"\b(speed|memory|ttft|tpot|throughput)\b", re.IGNORECASE)
 
 
@@ -45,7 +46,8 @@ def summary_table(results: Results) -> Table:
     reasons = _Reasons(results)
     workload = results.workloads[0] if results.workloads else None
     rows = _perplexity_rows(results, reasons) + _speed_rows(results, workload, reasons)
-    rows += [(Cell(skipped.what), _missing(skipped.reason), NOT_MEASURED, NOT_MEASURED) for skipped in reasons.unused()]
+    for reason, what in reasons.unused().items():
+        rows.append((Cell(enumeration(what)), _missing(reason), _missing(reason), NOT_MEASURED))
     return Table(_title(results), _columns(results), tuple(rows), tuple(_notes(results, workload)))
 
 
@@ -115,8 +117,13 @@ class _Reasons:
                 found.append((corpus, skipped.reason))
         return found
 
-    def unused(self) -> list[Skipped]:
-        return [skipped for index, skipped in enumerate(self._skipped) if index not in self._used]
+    def unused(self) -> dict[str, list[str]]:
+        """What found no line, by its reason: one line of the table for each reason."""
+        found: dict[str, list[str]] = {}
+        for index, skipped in enumerate(self._skipped):
+            if index not in self._used:
+                found.setdefault(skipped.reason, []).append(skipped.what)
+        return found
 
     def _find(self, fits: Callable[[Skipped], bool]) -> str | None:
         for index, skipped in enumerate(self._skipped):
@@ -127,7 +134,8 @@ class _Reasons:
 
 
 def _missing(reason: str) -> Cell:
-    return Cell("not measured", reason.removeprefix("not measured: "), "missing")
+    """A reason may say itself that the line is not measured; the cell says it once."""
+    return Cell("not measured", _SAID.sub(r"\1\2", reason), "missing")
 
 
 def _perplexity_rows(results: Results, reasons: _Reasons) -> list[tuple[Cell, ...]]:
