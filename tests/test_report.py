@@ -212,6 +212,7 @@ def test_overlapping_spreads_are_no_difference() -> None:
     assert rows["TPOT"][2].detail == "spreads overlap: no difference found"
     assert rows["Throughput"][2].detail == "spreads overlap: no difference found"
     assert rows["TTFT"][2] == Cell("+2.2% (slower)", "spreads overlap: no difference found")
+    assert headline(Results.from_records(records)).count("spreads overlap") == 2
 
 
 def test_more_memory_is_said_to_be_more() -> None:

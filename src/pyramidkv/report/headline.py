@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from pyramidkv.evaluate.schema import Spread
 from pyramidkv.report.methods import task_label
-from pyramidkv.report.results import Results, fastest, full_row, full_rows, kv_share
+from pyramidkv.report.results import Results, fastest, full_row, full_rows, kv_share, overlap
 from pyramidkv.report.summary import corpus_label, describe, model_suffix
 from pyramidkv.report.text import enumeration, interval, method_name, percent, seconds, share, shares, significant
 
@@ -60,13 +63,17 @@ def _speed(results: Results) -> str:
     row, full = fastest(results.chosen_rows(measured)), full_rows(measured)
     if row is None or not full:
         return ""
-    tpot = _compared("per token", row.tpot_seconds.median, min(r.tpot_seconds.median for r in full))
-    ttft = _compared("to the first token", row.ttft_seconds.median, min(r.ttft_seconds.median for r in full))
+    tpot = _compared("per token", row.tpot_seconds, [r.tpot_seconds for r in full])
+    ttft = _compared("to the first token", row.ttft_seconds, [r.ttft_seconds for r in full])
     return f"takes {tpot} and {ttft}, at {describe(workload)}{model_suffix(results, workload.model)}"
 
 
-def _compared(what: str, after: float, before: float) -> str:
-    unit_of = max(after, before)
-    ratio = before / after
+def _compared(what: str, after: Spread, baselines: Sequence[Spread]) -> str:
+    before = min(baselines, key=lambda spread: spread.median)
+    unit_of = max(after.median, before.median)
+    ratio = before.median / after.median
     verdict = f"x{significant(ratio, 2)} faster" if ratio > 1 else f"{percent(1 / ratio - 1)}"
-    return f"{seconds(after, unit_of)} {what} (full cache at its best: {seconds(before, unit_of)}; {verdict})"
+    if overlap(before, after):
+        verdict = "spreads overlap"
+    times = seconds(after.median, unit_of), seconds(before.median, unit_of)
+    return f"{times[0]} {what} (full cache at its best: {times[1]}; {verdict})"

@@ -24,6 +24,7 @@ from pyramidkv.report.results import (
     full_rows,
     kv_share,
     kv_source,
+    overlap,
 )
 from pyramidkv.report.series import Series, series_of
 from pyramidkv.report.style import GREY, RC, WIDTH, png
@@ -296,7 +297,9 @@ def _time_bars(
     for row, baseline in compared:
         measured = times(row)
         text = seconds(measured.median, longest)
-        if baseline:
+        if baseline and overlap(times(baseline), measured):
+            text += " (spreads overlap)"
+        elif baseline:
             ratio = times(baseline).median / measured.median
             text += f" (x{significant(ratio, 2)} faster)" if ratio >= 1 else f" ({percent(1 / ratio - 1)})"
         low, value, high = (scale * t for t in (measured.low, measured.median, measured.high))

@@ -17,6 +17,7 @@ from pyramidkv.evaluate.schema import (
     Run,
     Skipped,
     Speed,
+    Spread,
     cast_run,
     perplexity_change,
     pick,
@@ -183,6 +184,11 @@ def full_rows(rows: Iterable[Speed]) -> list[Speed]:
 def fastest(rows: Sequence[Speed]) -> Speed | None:
     """The row of the engine with the shortest median time per output token."""
     return min(rows, key=lambda row: row.tpot_seconds.median, default=None)
+
+
+def overlap(one: Spread, other: Spread) -> bool:
+    """Whether the repeats of two quantities overlap, so that the order of their medians may be chance."""
+    return one.low <= other.high and other.low <= one.high
 
 
 def _choose(run: Run, rows: Sequence[Compression]) -> Compression | None:

@@ -21,6 +21,7 @@ from pyramidkv.report.results import (
     full_rows,
     kv_share,
     kv_source,
+    overlap,
 )
 from pyramidkv.report.table import NOT_MEASURED, Cell, Table, Tone
 from pyramidkv.report.text import enumeration, interval, method_name, percent, seconds, share, significant, size, spread
@@ -47,7 +48,7 @@ def summary_table(results: Results) -> Table:
     workload = results.workloads[0] if results.workloads else None
     rows = _perplexity_rows(results, reasons) + _speed_rows(results, workload, reasons)
     for reason, what in reasons.unused().items():
-        rows.append((Cell(enumeration(what)), _missing(reason), _missing(reason), NOT_MEASURED))
+        rows.append((Cell(enumeration(what)), _missing(reason), NOT_MEASURED, NOT_MEASURED))
     return Table(_title(results), _columns(results), tuple(rows), tuple(_notes(results, workload)))
 
 
@@ -151,10 +152,9 @@ def _perplexity_rows(results: Results, reasons: _Reasons) -> list[tuple[Cell, ..
         improvement = change_cell(change) if change else NOT_MEASURED
         rows.append((Cell(f"{corpus_label(results, corpus)} PPL"), *cells, improvement))
     for name, reason in reasons.corpora({corpus.name for corpus in results.corpora}):
-        rows.append((Cell(f"{name} PPL"), _missing(reason), _missing(reason), NOT_MEASURED))
+        rows.append((Cell(f"{name} PPL"), _missing(reason), NOT_MEASURED, NOT_MEASURED))
     if not rows:
-        missing = _missing(reasons.perplexity())
-        rows.append((Cell("Perplexity"), missing, missing, NOT_MEASURED))
+        rows.append((Cell("Perplexity"), _missing(reasons.perplexity()), NOT_MEASURED, NOT_MEASURED))
     return rows
 
 
@@ -248,7 +248,7 @@ def faster_cell(before: Spread, after: Spread) -> Cell:
     """How much faster, as a factor, or how much slower, in percent; overlapping spreads are no difference."""
     ratio = before.median / after.median
     value = f"x{significant(ratio, 2)} faster" if ratio >= 1 else f"{percent(1 / ratio - 1)} (slower)"
-    if before.low <= after.high and after.low <= before.high:
+    if overlap(before, after):
         return Cell(value, "spreads overlap: no difference found")
     if ratio >= 1:
         return Cell(value, f"{percent(1 / ratio - 1)} time", "better")
@@ -266,8 +266,7 @@ def _throughput_row(pair: _Pair, reasons: _Reasons) -> tuple[Cell, ...]:
     if pair.baseline is None or pair.method is None:
         return metric, *cells, NOT_MEASURED
     change = pair.method.throughput_tokens_per_second / pair.baseline.throughput_tokens_per_second - 1
-    before, after = pair.baseline.tpot_seconds, pair.method.tpot_seconds
-    if before.low <= after.high and after.low <= before.high:
+    if overlap(pair.baseline.tpot_seconds, pair.method.tpot_seconds):
         return metric, *cells, Cell(percent(change), "spreads overlap: no difference found")
     return metric, *cells, Cell(percent(change), "more" if change > 0 else "less", "better" if change > 0 else "worse")
 
