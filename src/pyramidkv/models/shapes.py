@@ -12,6 +12,9 @@ from typing import Any
 from pyramidkv.config import unknown
 from pyramidkv.errors import ConfigError
 
+DEFAULT_MODEL = "neox-16m"  # not a shape: the trained model that ships with this package
+RANDOM = "random:"  # before a shape's name: that shape with random weights
+
 # Positions are computed, not stored, so a random model may as well take any prompt.
 _MAX_POSITIONS = 262_144
 

@@ -6,6 +6,7 @@ the place of what was asked for.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,14 @@ from typing import Any
 
 import torch
 
-from pyramidkv.config import unknown
 from pyramidkv.errors import ConfigError, DataError
 from pyramidkv.models.device import free_bytes, pick_device, pick_dtype
 from pyramidkv.models.hub import hub_problem
-from pyramidkv.models.shapes import SHAPES, shape_config
+from pyramidkv.models.shapes import DEFAULT_MODEL, RANDOM, SHAPES, shape_config
 from pyramidkv.shape import cache_shape
 
-DEFAULT_MODEL = "neox-16m"
-RANDOM = "random:"
+__all__ = ["DEFAULT_MODEL", "RANDOM", "LoadedModel", "count_parameters", "load_config", "load_model"]
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
@@ -155,8 +155,9 @@ def _offline_advice(name: str) -> str:
     short = name.rsplit("/", 1)[-1].lower()
     if short in SHAPES:
         return f"Without a network: '{RANDOM}{short}' has its shape and random weights; {DEFAULT_MODEL!r} is trained"
-    known = (DEFAULT_MODEL, *(RANDOM + shape for shape in SHAPES))
-    return f"As a name, it is {unknown(name, known)}; or a folder, a .gguf file or a hub id"
+    near = difflib.get_close_matches(name, [DEFAULT_MODEL, *(RANDOM + shape for shape in SHAPES)], n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Without a network: {DEFAULT_MODEL}, a folder, a .gguf file, or {RANDOM}SHAPE of {', '.join(SHAPES)}"
 
 
 def _has_tokenizer(arguments: dict[str, Any]) -> bool:

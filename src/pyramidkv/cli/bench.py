@@ -1,0 +1,163 @@
+"""`pyramidkv bench`: the report's table, measured."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pyramidkv.cli.options import Device, Dtype, Force, Json, Model, compression_options, config_from
+from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, note, out
+
+if TYPE_CHECKING:
+    from pyramidkv.config import CompressionConfig
+    from pyramidkv.evaluate.bench import Progress
+
+_QUALITY, _SPEED = "Quality", "Speed"
+
+
+@compression_options()
+def bench(
+    model: Model = "neox-16m",
+    folder: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the results. Default: results/TIME.", metavar="DIR")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the results in --out; skip what is done.")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="perplexity, recall or speed; may be repeated. Default: all three.")
+    ] = None,
+    ablations: Annotated[
+        bool, typer.Option(help="Also measure every other method, and beta 1 and 2, at the same amount.")
+    ] = False,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="python-reference, wikitext-2 or pg19; may be repeated. Default: the first, and the other two if the "
+            "hub answers.",
+            rich_help_panel=_QUALITY,
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="A text of your own, as NAME=FILE_OR_FOLDER; may be repeated.", rich_help_panel=_QUALITY),
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens compressed, of each chunk.", rich_help_panel=_QUALITY)] = 1536,
+    target: Annotated[int, typer.Option(help="Tokens scored after them.", rich_help_panel=_QUALITY)] = 512,
+    chunks: Annotated[int, typer.Option(help="Chunks of each corpus.", rich_help_panel=_QUALITY)] = 12,
+    recall_context: Annotated[
+        list[int] | None,
+        typer.Option(help="Context of the recall tasks; may be repeated. Default: 2048.", rich_help_panel=_QUALITY),
+    ] = None,
+    recall_examples: Annotated[int, typer.Option(help="Examples of each recall task.", rich_help_panel=_QUALITY)] = 8,
+    prompt: Annotated[int, typer.Option(help="Prompt tokens.", rich_help_panel=_SPEED)] = 3840,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated after it.", rich_help_panel=_SPEED)] = 128,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Rows; may be repeated. Default: 1.", rich_help_panel=_SPEED)
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed rounds of all engines.", rich_help_panel=_SPEED)] = 5,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    **options: Any,
+) -> None:
+    """Measure perplexity, recall, time and memory against the full cache; write results.jsonl and a report.
+
+    Examples:
+
+        pyramidkv bench
+
+        pyramidkv bench --model EleutherAI/pythia-2.8b --device cuda --prompt 6144
+
+        pyramidkv bench --model random:pythia-2.8b --device cuda --prompt 6144 --batch 1 --batch 8
+
+        pyramidkv bench --text wikitext-2=wiki.test.txt --text pg19=books/ --ablations
+    """
+    from pyramidkv.evaluate.bench import METRICS, Settings, run
+
+    config = config_from(options)
+    settings = Settings(
+        configs=(config, *(_ablations(config) if ablations else ())),
+        model=model,
+        device=device,
+        dtype=dtype,
+        metrics=tuple(metric or METRICS),
+        corpora=tuple(corpus or ()),
+        text=tuple(text or ()),
+        context=context,
+        target=target,
+        chunks=chunks,
+        recall_context=tuple(recall_context or (2048,)),
+        recall_examples=recall_examples,
+        prompt=prompt,
+        batch=tuple(batch or (1,)),
+        new_tokens=new_tokens,
+        repeats=repeats,
+    )
+    settings.check()
+    where = folder or Path("results") / datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H-%M-%S")
+    calm_libraries()
+    with (
+        keeping(lambda: f"finished measurements are in {where}; go on with: --out {where} --resume"),
+        progress() as show,
+    ):
+        results = run(settings, where, resume=resume, force=force, progress=show)
+    show_report(results, where, overwrite=resume or force, as_json=as_json)
+
+
+def _ablations(config: CompressionConfig) -> list[CompressionConfig]:
+    """Every other method, and the pyramid's slopes, at the same amount and otherwise default settings."""
+    from pyramidkv.config import CompressionConfig
+    from pyramidkv.scorers import METHODS
+
+    shared = {"keep": config.keep, "budget": config.budget, "bytes": config.bytes, "recent": config.recent_tokens}
+    others = [CompressionConfig(method=m, **shared) for m in METHODS if m not in ("full", config.method)]  # type: ignore[arg-type]
+    slopes = [replace(config, beta=b) for b in (1.0, 2.0) if config.method == "pyramidkv" and b != config.beta]
+    return others + slopes
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A bar a job, on stderr."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=False) as bars:
+        jobs: dict[str, Any] = {}
+
+        def show(job: str, done: int, total: int) -> None:
+            if job not in jobs:
+                jobs[job] = bars.add_task(job, total=total)
+            bars.update(jobs[job], completed=done)
+
+        yield show
+
+
+def show_report(results: Path, folder: Path, *, overwrite: bool, as_json: bool) -> None:
+    """Write the report beside the results and print its tables; without the report extra, the tables alone."""
+    import pyramidkv.report
+    from pyramidkv.errors import ConfigError
+    from pyramidkv.report import Results, headline, methods_table, summary_table
+
+    read = Results.from_file(results)
+    try:
+        written = pyramidkv.report.write(results, folder, force=overwrite)
+    except ConfigError as error:
+        written = []
+        note(f"no report written: {error}")
+    if as_json:
+        json_out({"headline": headline(read), "files": [str(path) for path in (results, *written)]})
+        return
+    out.print(summary_table(read).rich())
+    if len(read.variants) > 1:
+        out.print(methods_table(read).rich())
+    out.print(headline(read), markup=False)
+    for path in (results, *written):
+        out.print(f"wrote {path}", markup=False, soft_wrap=True)

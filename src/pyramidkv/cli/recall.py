@@ -1,0 +1,122 @@
+"""`pyramidkv recall`: long-range recall per method and budget."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pyramidkv.cli.bench import progress
+from pyramidkv.cli.options import Device, Dtype, Json, Model, compression_options
+from pyramidkv.cli.output import calm_libraries, json_out, keeping, out
+
+
+@compression_options("window", "recent", "kernel", "pooling", "beta", "sinks", "seed")
+def recall(
+    model: Model = "neox-16m",
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="May be repeated. Default: every method.")
+    ] = None,
+    keep: Annotated[
+        list[float] | None,
+        typer.Option("--keep", "-k", help="Share of the tokens kept; may be repeated. Default: 0.5, 0.25, 0.125."),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="kv, needle or tracking; may be repeated. Default: all three.")
+    ] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens; may be repeated. Default: 2048.")] = None,
+    examples: Annotated[int, typer.Option(help="Examples of each task and context.")] = 20,
+    question_aware: Annotated[
+        bool, typer.Option(help="Compress context and question together. Default: the question is not known.")
+    ] = False,
+    folder: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also keep the results.jsonl in this folder.", metavar="DIR")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the results in --out; skip what is done.")
+    ] = False,
+    as_json: Json = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    **options: Any,
+) -> None:
+    """Ask for facts from a long context that was compressed before the question was known.
+
+    Examples:
+
+        pyramidkv recall
+
+        pyramidkv recall --method pyramidkv --method snapkv --keep 0.25 --task kv --context 4096
+    """
+    from pyramidkv.config import CompressionConfig
+    from pyramidkv.evaluate.bench import Settings, run
+    from pyramidkv.evaluate.tasks import TASKS
+    from pyramidkv.scorers import METHODS
+
+    chosen = method or [m for m in METHODS if m != "full"]
+    settings = Settings(
+        configs=tuple(
+            CompressionConfig.make(method=m, keep=k, **options) for k in keep or (0.5, 0.25, 0.125) for m in chosen
+        ),
+        model=model,
+        device=device,
+        dtype=dtype,
+        metrics=("recall",),
+        tasks=tuple(task or TASKS),
+        recall_context=tuple(context or (2048,)),
+        recall_examples=examples,
+        question_aware=question_aware,
+    )
+    settings.check()
+    calm_libraries()
+    with tempfile.TemporaryDirectory() as scratch:
+        where = folder or Path(scratch)
+        kept = f"finished measurements are in {folder}" if folder else "nothing was kept; --out DIR would have"
+        with keeping(lambda: kept), progress() as show:
+            results = run(settings, where, resume=resume, progress=show)
+        _show(results, as_json)
+
+
+def _show(results: Path, as_json: bool) -> None:
+    from rich.table import Table
+
+    from pyramidkv.evaluate import schema
+
+    rows = schema.pick(schema.read(results), schema.Recall)
+    columns = list(dict.fromkeys((r.task, r.context_tokens) for r in rows))
+    methods = list(dict.fromkeys((r.compression.method, r.compression.setting) for r in rows))
+    cells = {(r.compression.method, r.compression.setting, r.task, r.context_tokens): r for r in rows}
+    if as_json:
+        json_out(
+            [
+                {
+                    "task": r.task,
+                    "context_tokens": r.context_tokens,
+                    "method": r.compression.method,
+                    "setting": r.compression.setting,
+                    "kv_bytes_share": r.compression.kv_bytes / r.compression.full_kv_bytes,
+                    "question_aware": r.question_aware,
+                    "accuracy": r.accuracy,
+                    "accuracy_interval_95": schema.accuracy_interval(r),
+                    "probes": sum(r.probes),
+                }
+                for r in rows
+            ]
+        )
+        return
+    table = Table(title="Recall: share of questions answered exactly, with 95% intervals")
+    table.add_column("method")
+    table.add_column("setting")
+    table.add_column("KV bytes", justify="right")
+    for task, length in columns:
+        table.add_column(f"{task} {length}", justify="right")
+    for method, setting in methods:
+        found = [cells[method, setting, task, length] for task, length in columns]
+        share = found[0].compression.kv_bytes / found[0].compression.full_kv_bytes
+        shown = [
+            f"{r.accuracy:.0%} [{low:.0%}, {high:.0%}]" for r in found for low, high in [schema.accuracy_interval(r)]
+        ]
+        table.add_row(method, setting, f"{share:.1%}", *shown)
+    out.print(table)

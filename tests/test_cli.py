@@ -1,0 +1,331 @@
+"""The command line: help, exit codes, messages, JSON, and the numbers of `plan` by hand."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from typer.testing import CliRunner
+
+import pyramidkv
+from pyramidkv.cli import app
+from pyramidkv.cli.estimate import _largest
+from pyramidkv.cli.options import DEFAULT_KEEP, config_from
+from pyramidkv.cli.stream import first_difference
+from pyramidkv.config import CompressionConfig
+from pyramidkv.errors import ConfigError
+from pyramidkv.evaluate import schema
+from pyramidkv.evaluate.schema import Compression, Perplexity, Run
+
+COMMANDS = ("plan", "generate", "report", "doctor")
+WORDS = "The quick brown fox jumps over the lazy dog. " * 8
+
+
+def run(*arguments, stdin=None, columns="80"):
+    """Run a command in this process."""
+    return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin, env={"COLUMNS": columns})
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory):
+    """A random GPT-NeoX that reads bytes, saved with its tokenizer."""
+    path = tmp_path_factory.mktemp("byte_model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.GPTNeoXConfig(**sizes, intermediate_size=96, eos_token_id=None, bos_token_id=None)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim == 2 else 1)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A results file of one perplexity."""
+    path = tmp_path / "results.jsonl"
+    versions = {"python": "3", "torch": "2", "transformers": "5", "pyramidkv": "0"}
+    schema.append(path, Run("pyramidkv bench", "2026-01-01T00:00:00Z", "cpu", versions, "toy", 10, False, "float32"))
+    for method, keep, kv_bytes, nll in (("full", 1.0, 100, 1.0), ("pyramidkv", 0.25, 25, 1.1)):
+        compression = Compression(method, f"keep={keep}", keep, kv_bytes, 100)
+        schema.append(path, Perplexity("toy", "text", "0" * 64, 64, 8, compression, (nll, nll + 0.1, nll + 0.2)))
+    return path
+
+
+# Help and exit codes
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
+def test_help_lists_every_command(arguments):
+    done = run(*arguments)
+    assert done.exit_code == (0 if arguments else 2)  # typer: no command is a usage error, shown as help
+    assert all(command in done.output for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("columns", ["60", "80", "200"])
+def test_help_of_a_command(command, columns):
+    done = run(command, "--help", columns=columns)
+    assert done.exit_code == 0
+    assert "Examples:" in done.output
+    assert "--json" in done.output
+    assert max(map(len, done.output.splitlines())) <= int(columns)
+
+
+@pytest.mark.parametrize("command", ["plan", "generate"])
+def test_every_setting_is_an_option(command):
+    output = run(command, "--help", columns="200").output
+    for name in CompressionConfig.__dataclass_fields__:
+        assert f"--{name} " in output
+
+
+def test_version():
+    done = run("--version")
+    assert (done.exit_code, done.output) == (0, f"pyramidkv {pyramidkv.__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [("plam",), ("plan", "--metod", "x"), ("plan", "--prompt", "0"), ("report",)])
+def test_usage_errors(arguments):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "pythia-70m", "--method", "snapk"), "did you mean 'snapkv'"),
+        (("plan", "pythia-70m", "--keep", "1.5"), "keep=1.5: must be a share"),
+        (("plan", "pythia-70m", "--keep", "0.5", "--budget", "99"), "exactly one of budget, keep and bytes"),
+        (("plan", "pythia-70m", "--method", "full", "-k", "0.5"), "takes no amount"),
+        (("plan", "pythia-70m", "--memory", "8X"), "memory='8X'"),
+        (("plan", "pythia-70m", "--dtype", "fp8"), "dtype='fp8'"),
+        (("plan", "random:pythia-7b"), "did you mean"),
+        (("plan", "./nowhere"), "no such file or folder"),
+        (("plan", "pythia-70m", "--bytes", "1MB"), "needs at least"),
+        (("generate",), "give one of a text"),
+        (("generate", "text", "--file", "there.txt"), "give one of a text"),
+        (("generate", "--file", "not-there.txt"), "not-there.txt"),
+        (("generate", "text", "-m", "pythia-70m"), "'random:pythia-70m'"),
+        (("generate", "text", "--device", "gpu"), "device='gpu'"),
+        (("report", "nowhere/results.jsonl"), "nowhere/results.jsonl"),
+    ],
+)
+def test_expected_errors_are_one_line(arguments, message):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+# Options
+
+
+def test_config_from_options():
+    assert config_from({"method": "snapkv", "window": None}) == CompressionConfig(method="snapkv", keep=DEFAULT_KEEP)
+    assert config_from({"keep": 0.5, "seed": 3}, method="h2o").seed == 3
+    assert config_from({"method": "full"}).keep is None
+    assert config_from({"bytes": "1MB"}).bytes == 1_000_000
+    with pytest.raises(ConfigError, match="exactly one"):
+        config_from({"keep": 0.5}, budget=99)
+
+
+# Plan
+
+
+def test_plan_by_hand():
+    """Pythia-2.8B in float16, 6144 tokens: 32 layers x 2 x 32 heads x 80 x 2 bytes a token."""
+    plan = json.loads(run("plan", "pythia-2.8b", "-p", "6144", "--memory", "80GB", "--json").stdout)
+    assert plan["full_kv_bytes"] == 6144 * 32 * 2 * 32 * 80 * 2 == 2_013_265_920
+    assert plan["weights_bytes"] == 2 * 2_775_208_960
+    budgets = [layer["budget_tokens"] for layer in plan["layers"]]
+    assert sum(budgets) == 32 * 6144 // 4
+    slot = 32 * (2 * 80 * 2 + 4)  # a key, a value and a position of every head
+    assert plan["kv_bytes"] == (sum(budgets) + 32 * 128) * slot
+    activations = 6144 * (4 * 2560 + 2 * 10240) * 2
+    assert plan["peak_bytes"] == plan["weights_bytes"] + plan["kv_bytes"] + activations
+    free = 80_000_000_000 - plan["weights_bytes"]
+    assert plan["full_largest_batch"] == free // (2_013_265_920 + activations)
+    assert plan["largest_batch"] == free // (plan["kv_bytes"] + activations)
+
+
+@pytest.mark.parametrize(
+    ("model", "prompt", "batch", "peak"),
+    [("pythia-2.8b", 6144, 8, 24.7), ("pythia-2.8b", 32768, 1, 18.4), ("llama-3.1-8b", 32768, 1, 24.3)],
+)
+def test_plan_against_measured_peaks(model, prompt, batch, peak):
+    """Peaks in GB, measured on an H100 with the full cache."""
+    plan = json.loads(run("plan", model, "-p", prompt, "--batch", batch, "--json").stdout)
+    assert plan["full_peak_bytes"] / 1e9 == pytest.approx(peak, rel=0.01)
+
+
+def test_plan_of_sliding_layers():
+    done = run("plan", "gemma-3-1b", "-p", "4096")
+    assert done.exit_code == 0
+    assert done.stdout.count("sliding window of 512") == 22
+    layers = json.loads(run("plan", "gemma-3-1b", "--json").stdout)["layers"]
+    assert [layer["layer"] for layer in layers if layer["budget_tokens"] is not None] == [5, 11, 17, 23]
+
+
+def test_plan_that_fits_nothing():
+    plan = json.loads(run("plan", "pythia-70m", "--memory", "100MB", "--json").stdout)
+    assert (plan["full_largest_batch"], plan["largest_batch"]) == (0, 0)
+
+
+def test_plan_of_bytes_ends_where_they_do():
+    """A fixed number of bytes is shared by all rows: at some batch no row can have its least."""
+    plan = json.loads(run("plan", "pythia-70m", "-p", "2000", "--bytes", "20MB", "--memory", "9GB", "--json").stdout)
+    assert 0 < plan["largest_batch"] < plan["full_largest_batch"]
+    assert plan["kv_bytes"] <= 20_000_000
+
+
+def test_plan_says_when_positions_run_out(byte_model):
+    done = run("plan", byte_model, "-p", "4096")
+    assert done.exit_code == 0
+    assert "more than the model's 2048 positions" in done.stderr
+
+
+@pytest.mark.parametrize("columns", ["60", "80"])
+def test_plan_fits_the_terminal(columns):
+    assert max(map(len, run("plan", "pythia-410m", columns=columns).stdout.splitlines())) <= int(columns)
+
+
+@pytest.mark.parametrize("answer", [0, 1, 2, 3, 7, 8, 9, 1000])
+def test_largest(answer):
+    assert _largest(lambda n: n <= answer) == answer
+
+
+# Generate
+
+
+def test_generate(byte_model):
+    done = run("generate", WORDS, "-m", byte_model, "-n", "4", "--budget", "64")
+    assert done.exit_code == 0
+    assert done.stdout.endswith("\n")
+    assert "pyramidkv: " in done.stderr
+    assert "TTFT" in done.stderr
+    assert run("generate", "-", "-m", byte_model, "-n", "4", "--budget", "64", stdin=WORDS).stdout == done.stdout
+
+
+def test_generate_from_file_and_quietly(byte_model, tmp_path):
+    (tmp_path / "prompt.txt").write_text(WORDS, encoding="utf-8")
+    done = run("generate", "-f", tmp_path / "prompt.txt", "-m", byte_model, "-n", "2", "-q")
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
+def test_generate_json(byte_model):
+    done = run("generate", WORDS, "-m", byte_model, "-n", "4", "--compare", "--json", "-k", "0.999")
+    answer = json.loads(done.stdout)
+    assert answer["prompt_tokens"] == len(WORDS)
+    assert len(answer["compressed"]["ids"]) == len(answer["full"]["ids"]) == 4
+    assert answer["first_difference"] == first_difference(
+        tuple(answer["compressed"]["ids"]), tuple(answer["full"]["ids"])
+    )
+    assert answer["compressed"]["ttft_seconds"] > 0
+    assert [layer["seen_tokens"] for layer in answer["cache"]["layers"]] == [len(WORDS) + 3] * 3
+
+
+def test_generate_says_when_nothing_was_compressed(byte_model):
+    done = run("generate", "short", "-m", byte_model, "-n", "2")
+    assert done.exit_code == 0
+    assert "warning: keep=0.25: nothing was compressed" in done.stderr
+
+
+def test_generate_compares(byte_model):
+    same = run("generate", WORDS, "-m", byte_model, "-n", "3", "--method", "full", "--compare")
+    assert "The full cache gives the same 3 tokens." in same.stderr
+
+
+def test_generate_without_tokenizer():
+    done = run("generate", "text", "-m", "random:pythia-70m")
+    assert done.exit_code == 2
+    assert "has no tokenizer" in done.stderr
+
+
+def test_first_difference():
+    assert first_difference((1, 2, 3), (1, 2, 3)) is None
+    assert first_difference((1, 2, 3), (1, 5, 3)) == 1
+    assert first_difference((1, 2), (1, 2, 3)) == 2
+
+
+def test_interrupt(byte_model):
+    """Ctrl-C in the middle of the text: no traceback, exit code 130, a line about what there is."""
+    code = "from pyramidkv.cli import main; main()"
+    arguments = ["generate", WORDS, "-m", str(byte_model), "-n", "100000"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stderr.readline()  # loaded
+        time.sleep(0.5)  # generating
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"interrupted: the text above" in err
+    assert b"Traceback" not in err
+
+
+# Report
+
+
+def test_report(results):
+    done = run("report", results)
+    assert done.exit_code == 0
+    assert "report.html" in done.stdout
+    assert (results.parent / "report.html").is_file()
+    again = run("report", results.parent)
+    assert again.exit_code == 2
+    assert "--force" in again.stderr
+    answer = json.loads(run("report", results.parent, "--force", "--json").stdout)
+    assert str(results.parent / "report.md") in answer["files"]
+
+
+# Doctor
+
+
+def test_doctor(monkeypatch):
+    from pyramidkv.cli import environment
+    from pyramidkv.models import hub
+
+    monkeypatch.setattr(hub, "hub_problem", lambda: "HF_HUB_OFFLINE is set")
+    monkeypatch.setattr(environment, "hub_problem", lambda: "HF_HUB_OFFLINE is set")
+    monkeypatch.setattr(environment, "model_problem", lambda: None)
+    done = run("doctor", "--json")
+    found = json.loads(done.stdout)
+    assert (done.exit_code, found["ok"], found["problems"]) == (0, True, [])
+    assert set(found["methods"]) == set(pyramidkv.methods())
+    assert {p["name"] for p in found["packages"] if not p["extra"]} >= {"torch", "transformers", "typer"}
+    assert found["devices"][0]["device"] == "cpu"
+    assert found["attention_kernels"]["prefill"] in {"math", "flash", "efficient", "cudnn"}
+    assert found["default_benchmark"]["perplexity"] == ["python-reference"]
+    shown = run("doctor")
+    assert "can run here" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+
+
+def test_doctor_of_a_broken_installation(monkeypatch):
+    from pyramidkv.cli import environment
+
+    monkeypatch.setattr(environment, "model_problem", lambda: "the model is gone")
+    monkeypatch.setattr(environment, "hub_problem", lambda: None)
+    monkeypatch.setattr(environment, "packages", lambda: [environment.Package("torch", "1.0", ">=2.9", "")])
+    done = run("doctor")
+    assert done.exit_code == 1
+    assert "problem: torch 1.0: needs >=2.9" in done.stdout
+    assert "problem: the model is gone" in done.stdout
