@@ -4,15 +4,15 @@ import math
 
 import pytest
 import torch
-from families import model
-from reference import NAME as REFERENCE
-from reference import Reference
 from transformers import DynamicCache
 
+from families import model
 from pyramidkv import CompressionConfig, ConfigError, PyramidKVError
 from pyramidkv.evaluate import perplexity
 from pyramidkv.evaluate.schema import perplexity_change
 from pyramidkv.evaluate.texts import Corpus
+from reference import NAME as REFERENCE
+from reference import Reference
 
 CORPUS = Corpus("n", "here", ("text",))
 CONTEXT, TARGET = 40, 12

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from families import model
 
+from families import model
 from pyramidkv import CompressionConfig, PyramidKVError
 from pyramidkv.evaluate import speed
 
@@ -18,7 +18,7 @@ def test_engines_alternate_and_rows_hold_every_repeat():
     assert len(steps) == 3
     full, compressed = steps[-1]
     assert full.engine == "transformers DynamicCache, sdpa"
-    assert compressed.engine == "pyramidkv pyramidkv"
+    assert compressed.engine == "pyramidkv, keep=0.25 window=8"
     for row in steps[-1]:
         assert len(row.ttft_seconds.samples) == len(row.tpot_seconds.samples) == 3
         assert 0 < row.tpot_seconds.low <= row.tpot_seconds.median <= row.tpot_seconds.high

@@ -28,7 +28,6 @@ from pyramidkv.evaluate.schema import Layers, Record, Run, Skipped
 from pyramidkv.models.hub import hub_problem
 from pyramidkv.models.source import DEFAULT_MODEL, LoadedModel, load_model
 
-RESULTS = "results.jsonl"
 METRICS = ("perplexity", "recall", "speed")
 
 # (what is being measured, steps done, steps in all): for a progress bar.
@@ -49,8 +48,10 @@ class Settings:
     context: int = 1536
     target: int = 512
     chunks: int = 12
+    tasks: tuple[str, ...] = tasks.TASKS
     recall_context: tuple[int, ...] = (2048,)
     recall_examples: int = 8
+    question_aware: bool = False
     prompt: int = 3840
     batch: tuple[int, ...] = (1,)
     new_tokens: int = 128
@@ -61,6 +62,9 @@ class Settings:
         for metric in self.metrics:
             if metric not in METRICS:
                 raise ConfigError(f"metric={metric!r}: {unknown(metric, METRICS)}")
+        for task in self.tasks:
+            if task not in tasks.TASKS:
+                raise ConfigError(f"task={task!r}: {unknown(task, tasks.TASKS)}")
         least = {"chunks": 1, "recall_examples": 1, "prompt": 1, "new_tokens": 2, "repeats": 1}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
@@ -112,7 +116,7 @@ def run(
     settings; `DataError` for a corpus that was asked for by name and can't be had.
     """
     settings.check()
-    path = out / RESULTS
+    path = out / schema.RESULTS
     existing = _existing(path, resume, force)
     corpora, skipped = _corpora(settings)
     out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +175,7 @@ def _corpora(settings: Settings) -> tuple[list[texts.Corpus], list[Skipped]]:
     problem = hub_problem()
     if problem is None:
         return [texts.load(texts.LOCAL), *(texts.load(name) for name in hub), *own], []
-    reason = f"not measured: {problem}; with a copy on disk use --text"
+    reason = "not measured: the hub can't be reached; give a copy with --text"
     return [texts.load(texts.LOCAL), *own], [
         Skipped(f"perplexity on {name}", f"{reason} {name}=FILE_OR_FOLDER") for name in hub
     ]
@@ -268,7 +272,7 @@ def _perplexity(
 
 
 def _recall(settings: Settings, loaded: LoadedModel, file: _File, progress: Progress) -> None:
-    jobs = [(task, n) for n in settings.recall_context for task in tasks.TASKS]
+    jobs = [(task, n) for n in settings.recall_context for task in settings.tasks]
     if _not_measurable(loaded, [f"recall of {task} at {n}" for task, n in jobs], file):
         return
 

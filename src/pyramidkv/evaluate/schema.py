@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, cast
 from pyramidkv.errors import DataError
 
 SCHEMA_VERSION = 1
+RESULTS = "results.jsonl"  # the name of a results file in its folder
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Spread:
     """Repeated measurements of one quantity, in the unit that the key holding it names."""
 
     samples: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise ValueError("a spread of no samples")
 
     @property
     def median(self) -> float:
@@ -82,6 +87,10 @@ class Perplexity:
     compression: Compression
     chunk_nll: tuple[float, ...]  # mean negative log likelihood (nats per token) of each chunk, in corpus order
 
+    def __post_init__(self) -> None:
+        if not self.chunk_nll:
+            raise ValueError("a perplexity of no chunks")
+
     @property
     def perplexity(self) -> float:
         return math.exp(sum(self.chunk_nll) / len(self.chunk_nll))
@@ -123,6 +132,10 @@ class Recall:
     correct: tuple[int, ...]  # correctly answered probes of each example
     probes: tuple[int, ...]  # probes of each example
 
+    def __post_init__(self) -> None:
+        if not sum(self.probes):
+            raise ValueError("a recall of no probes")
+
     @property
     def accuracy(self) -> float:
         return sum(self.correct) / sum(self.probes)
@@ -130,7 +143,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Layers:
-    """What each layer kept of one prompt, for the pictures: token positions of the first row, per KV head."""
+    """What each layer kept of one prompt, for the pictures: token positions in 0..prompt_tokens-1, per KV head."""
 
     kind: ClassVar[str] = "layers"
     model: str
@@ -194,6 +207,8 @@ def read(path: Path) -> list[Record]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise DataError(f"results={str(path)!r}: {error.strerror}; give the path of a results.jsonl") from error
+    except UnicodeError as error:
+        raise DataError(f"{path}: not UTF-8 text, so not a results file") from error
     records: list[Record] = []
     for number, line in enumerate(lines, 1):
         try:
