@@ -23,7 +23,8 @@ from pyramidkv.errors import ConfigError
 from pyramidkv.evaluate import schema
 from pyramidkv.evaluate.schema import Compression, Perplexity, Run
 
-COMMANDS = ("plan", "generate", "report", "doctor")
+COMMANDS = ("bench", "recall", "plan", "generate", "report", "doctor")
+MAIN = "from pyramidkv.cli import main; main()"
 WORDS = "The quick brown fox jumps over the lazy dog. " * 8
 
 
@@ -130,6 +131,17 @@ def test_expected_errors_are_one_line(arguments, message):
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+def test_a_terminal_without_unicode():
+    """No character that it can't show ends a command."""
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, "plan", "pythia-70m"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0
+    assert b"####" in done.stdout
 
 
 # Options
@@ -250,6 +262,19 @@ def test_generate_compares(byte_model):
     assert "The full cache gives the same 3 tokens." in same.stderr
 
 
+def test_generate_shows_where_texts_part(byte_model, monkeypatch):
+    from pyramidkv.cli import stream
+
+    made = iter([(65, 66), (65, 66), (70, 71, 72), (70, 75)])  # two for the warm-up, then compressed and full
+    monkeypatch.setattr(
+        stream,
+        "generate",
+        lambda model, *_, **__: (model(torch.ones(1, 99).long()), stream.Generated(next(made), "", 1.0, None))[1],
+    )
+    shown = run("generate", WORDS, "-m", byte_model, "--budget", "64", "--compare").stderr
+    assert "The same 1 tokens with the full cache, and then:" in shown
+
+
 def test_generate_without_tokenizer():
     done = run("generate", "text", "-m", "random:pythia-70m")
     assert done.exit_code == 2
@@ -264,10 +289,9 @@ def test_first_difference():
 
 def test_interrupt(byte_model):
     """Ctrl-C in the middle of the text: no traceback, exit code 130, a line about what there is."""
-    code = "from pyramidkv.cli import main; main()"
     arguments = ["generate", WORDS, "-m", str(byte_model), "-n", "100000"]
     with subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", MAIN, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -285,6 +309,8 @@ def test_interrupt(byte_model):
 
 
 def test_report(results):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
     done = run("report", results)
     assert done.exit_code == 0
     assert "report.html" in done.stdout

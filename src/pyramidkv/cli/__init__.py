@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from importlib import import_module
-from importlib.util import find_spec
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -72,10 +73,12 @@ def _options(
 
 
 for _name in _COMMANDS:
-    if find_spec(f"pyramidkv.cli.{_name}") is not None:
-        app.command(_name)(getattr(import_module(f"pyramidkv.cli.{_name}"), _name))
+    app.command(_name)(getattr(import_module(f"pyramidkv.cli.{_name}"), _name))
 
 
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that can't show a character must not end a benchmark
     app()

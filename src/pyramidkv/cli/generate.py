@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from pyramidkv.cli.options import Device, Dtype, Json, Model, compression_options, config_from
 from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, note
@@ -85,7 +86,7 @@ def generate(
         err.print(str(usage), markup=False, soft_wrap=True)
         _show_times(config.method, compressed, full)
     if full is not None and not as_json:
-        _show_difference(loaded.tokenizer, compressed, full)
+        _show_difference(loaded.tokenizer, config.method, compressed, full)
 
 
 def _warm_up(loaded: LoadedModel, ids: Tensor, config: CompressionConfig) -> None:
@@ -154,12 +155,14 @@ def _show_times(method: str, compressed: Generated, full: Generated | None) -> N
         note("One run of each, so no benchmark: `pyramidkv bench` is.")
 
 
-def _show_difference(tokenizer: Any, compressed: Generated, full: Generated) -> None:
+def _show_difference(tokenizer: Any, method: str, compressed: Generated, full: Generated) -> None:
     from pyramidkv.cli.stream import first_difference
 
     where = first_difference(compressed.ids, full.ids)
     if where is None:
         err.print(f"The full cache gives the same {len(full.ids)} tokens.")
         return
-    err.print(f"The full cache differs from new token {where + 1} on, and goes on:")
-    err.print(tokenizer.decode(full.ids[where:], skip_special_tokens=True), markup=False, soft_wrap=True)
+    err.print(f"The same {where} tokens with the full cache, and then:" if where else "From the first token on:")
+    for name, made in ((method, compressed), ("full cache", full)):
+        rest = tokenizer.decode(made.ids[where:], skip_special_tokens=True)
+        err.print(Text.assemble((f"{name}: ", "bold"), rest or "(the end)"), soft_wrap=True)

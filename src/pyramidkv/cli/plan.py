@@ -165,6 +165,6 @@ def _layer_table(answer: dict[str, Any]) -> Table:
             window = f"sliding window of {layer['sliding_window']}, as the model has it"
             table.add_row(str(layer["layer"]), "", "", window, style="dim")
             continue
-        bar = "█" * round(_BAR * kept / most)
-        table.add_row(str(layer["layer"]), f"{kept:,}", share(kept / answer["prompt_tokens"]), bar or "▏")
+        bar = ("#" if out.options.ascii_only else "█") * max(1, round(_BAR * kept / most))
+        table.add_row(str(layer["layer"]), f"{kept:,}", share(kept / answer["prompt_tokens"]), bar)
     return table
