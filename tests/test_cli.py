@@ -272,7 +272,7 @@ def test_generate_shows_where_texts_part(byte_model, monkeypatch):
         lambda model, *_, **__: (model(torch.ones(1, 99).long()), stream.Generated(next(made), "", 1.0, None))[1],
     )
     shown = run("generate", WORDS, "-m", byte_model, "--budget", "64", "--compare").stderr
-    assert "The same 1 tokens with the full cache, and then:" in shown
+    assert "They differ from new token 2 on:" in shown
 
 
 def test_generate_without_tokenizer():

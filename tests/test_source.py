@@ -12,7 +12,7 @@ from pyramidkv.models import device as device_module
 from pyramidkv.models import source
 from pyramidkv.models.device import pick_device, pick_dtype
 from pyramidkv.models.shapes import SHAPES, Shape
-from pyramidkv.models.source import count_parameters, load_config, load_model
+from pyramidkv.models.source import DEFAULT_MODEL, count_parameters, load_config, load_model
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +44,13 @@ def test_folder(folder):
     assert loaded.parameters == sum(p.numel() for p in loaded.model.parameters())
     assert loaded.model.dtype == torch.float32
     assert not loaded.model.training
+
+
+def test_shipped_model():
+    loaded = load_model(DEFAULT_MODEL, device="cpu")
+    assert not loaded.weights_random
+    assert loaded.parameters == sum(p.numel() for p in loaded.model.parameters())
+    assert loaded.tokenizer.decode(loaded.tokenizer("some text").input_ids) == "some text"
 
 
 def test_config_needs_no_weights(folder, tmp_path):

@@ -162,7 +162,7 @@ def _show_difference(tokenizer: Any, method: str, compressed: Generated, full: G
     if where is None:
         err.print(f"The full cache gives the same {len(full.ids)} tokens.")
         return
-    err.print(f"The same {where} tokens with the full cache, and then:" if where else "From the first token on:")
+    err.print(f"They differ from new token {where + 1} on:")
     for name, made in ((method, compressed), ("full cache", full)):
         rest = tokenizer.decode(made.ids[where:], skip_special_tokens=True)
         err.print(Text.assemble((f"{name}: ", "bold"), rest or "(the end)"), soft_wrap=True)

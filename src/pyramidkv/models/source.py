@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+import pyramidkv.models as shipped
 from pyramidkv.errors import ConfigError, DataError
 from pyramidkv.models.device import free_bytes, pick_device, pick_dtype
 from pyramidkv.models.hub import hub_problem
@@ -100,11 +101,8 @@ def count_parameters(config: Any) -> int:
 
 def _arguments(name: str) -> dict[str, Any]:
     """Where `from_pretrained` finds a model that is not a built-in shape."""
-    if name == DEFAULT_MODEL:
-        folder = Path(__file__).parent / DEFAULT_MODEL
-        if not (folder / "config.json").is_file():
-            raise DataError(f"model={name!r}: not in this installation ({folder}); install pyramidkv again")
-        return {"pretrained_model_name_or_path": str(folder)}
+    if name in shipped.NAMES:
+        return {"pretrained_model_name_or_path": str(shipped.path(name))}
     if not name:
         raise ConfigError("model='': empty; give a name, a folder, a .gguf file or a hub id")
     path = Path(name).expanduser()
