@@ -192,3 +192,28 @@ def test_memory_of_this_machine():
 
 def test_counting_takes_no_memory(folder):
     assert count_parameters(load_config(str(folder))) == load_model(str(folder), device="cpu").parameters
+
+
+@pytest.mark.gpu
+def test_random_on_a_gpu():
+    """Made there, in the published dtype: the host needs no memory for it."""
+    loaded = load_model("random:pythia-410m", device="cuda")
+    assert {p.device.type for p in loaded.model.parameters()} == {"cuda"}
+    assert loaded.model.dtype == torch.float16
+    assert all(p.isfinite().all() for p in loaded.model.parameters())
+
+
+@pytest.mark.gpu
+def test_shipped_model_on_a_gpu():
+    assert load_model(DEFAULT_MODEL).model.device.type == "cuda"
+    with pytest.raises(ConfigError, match="numbered from 0"):
+        load_model(DEFAULT_MODEL, device="cuda:99")
+
+
+@pytest.mark.gpu
+def test_memory_and_kernels_of_a_gpu():
+    from pyramidkv.cli.environment import attention_kernels
+
+    gpu = pick_device("cuda")
+    assert 0 < device_module.free_bytes(gpu) <= device_module.total_bytes(gpu)
+    assert attention_kernels(gpu)["prefill"] in {"flash", "cudnn", "efficient"}
