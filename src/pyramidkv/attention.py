@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pyramidkv.cache import ALL_REAL, ATTENTION_NAME, NewTokens, PyramidKVLayer
 from pyramidkv.errors import ConfigError, UnsupportedError
+from pyramidkv.shape import cache_shape
 
 
 def new_tokens(attention_mask: Tensor | None, queries: int) -> NewTokens:
@@ -25,6 +26,11 @@ def new_tokens(attention_mask: Tensor | None, queries: int) -> NewTokens:
     On a GPU a single new token is taken as real without looking: that is what `generate()` feeds, and looking would
     make the host wait for the device at every token.
     """
+    if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.shape[1] < queries):
+        raise ConfigError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} for {queries} new tokens: it must be "
+            "(batch, tokens), with a column for every token seen or at least for every new one"
+        )
     if attention_mask is None or (queries == 1 and attention_mask.device.type != "cpu"):
         return ALL_REAL
     valid = attention_mask[:, -queries:].to(torch.bool)
@@ -48,7 +54,20 @@ def pyramidkv_mask(
     **kwargs: Any,
 ) -> NewTokens | Tensor | None:
     """The mask function: `NewTokens` for plain causal layers; for sliding windows and others what "sdpa" would get."""
+    if q_length == 0:
+        raise ConfigError("input_ids has zero tokens; a forward needs at least one")
     if mask_function is causal_mask_function:
+        offset = kwargs.get("q_offset", 0)
+        if isinstance(offset, Tensor) or kv_length != offset + q_length:
+            raise UnsupportedError(
+                "past_key_values is a StaticCache, or attention_mask is longer than what was seen: a compressed model "
+                "needs a PyramidKVCache; leave out cache_implementation, and give the mask one column a token"
+            )
+        if attention_mask is not None and attention_mask.shape[0] != batch_size:
+            raise ConfigError(
+                f"attention_mask has shape {tuple(attention_mask.shape)} for {batch_size} rows of tokens: "
+                "it needs a row each"
+            )
         return new_tokens(attention_mask, q_length)
     mask: Tensor | None = sdpa_mask(
         batch_size, q_length, kv_length, *args, mask_function=mask_function, attention_mask=attention_mask, **kwargs
@@ -85,6 +104,12 @@ def pyramidkv_attention(
         raise UnsupportedError(
             "attention_mask: a compressed layer takes a 2-D padding mask (batch, tokens) or none; "
             f"got {type(attention_mask).__name__} for {type(module).__name__}"
+        )
+    if layer.rank == 0 and layer.storage is None and cache_shape(module.config) != layer.plan.shape:
+        raise ConfigError(
+            "past_key_values: this PyramidKVCache was made for a model of another shape "
+            f"({layer.plan.shape.model_type}, {len(layer.plan.shape.layers)} layers); give it this model's config: "
+            "pyramidkv.PyramidKVCache(model.config, ...)"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = layer.attend(query, key, value, attention_mask, scaling, dropout)

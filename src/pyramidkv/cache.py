@@ -73,19 +73,15 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take (B, H, T, D) keys and values; return those to attend to, (B, H, K, D), the new ones last."""
-        if key_states.shape[2] == 0:
-            raise ConfigError("input_ids has zero tokens; a forward needs at least one")
         if self.storage is None:
             self.start(key_states.shape[0])
             keys, values = key_states, value_states
-        elif key_states.shape[0] != len(self.counts):
-            raise ConfigError(
-                f"input_ids has {key_states.shape[0]} rows; this cache was filled with {len(self.counts)}"
-            )
         elif key_states.shape[2] == 1:
+            self._check(key_states)
             self.storage.append(key_states, value_states, self._columns(1, key_states.device), self._room)
             keys, values = self.storage.view()
         else:
+            self._check(key_states)
             past = self.storage.view()
             keys = torch.cat([past[0], key_states], dim=2)
             values = torch.cat([past[1], value_states], dim=2)
@@ -195,6 +191,22 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             full_kv_bytes=full,
         )
 
+    def _check(self, key_states: Tensor) -> None:
+        """Raise if the new keys do not go with those stored."""
+        assert self.storage is not None
+        old, new = self.storage.keys, key_states
+        for what, had, has in (
+            ("rows", old.shape[0], new.shape[0]),
+            ("KV heads", old.shape[1], new.shape[1]),
+            ("channels a head", old.shape[3], new.shape[3]),
+            ("as dtype", old.dtype, new.dtype),
+        ):
+            if had != has:
+                raise ConfigError(
+                    f"past_key_values was filled with {had} {what}; the new tokens have {has}: a cache goes on with "
+                    "the model, the batch and the dtype that it began with; use another PyramidKVCache or reset() it"
+                )
+
     @property
     def _room(self) -> int:
         return self.plan.config.room
@@ -238,6 +250,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             return torch.cat([past, past.new_ones(len(self.counts), queries)], dim=1)
         return torch.cat([past, new.valid], dim=1)
 
+    @torch.no_grad()
     def _evict(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, new: NewTokens, scaling: float
     ) -> None:
@@ -258,12 +271,43 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             scores = positions.float()  # nothing is dropped but padding: any finite score will do
         else:
             scores = self.scorer.score(Observation(query, key, value, scaling, valid, positions, self.layer))
-        newest = torch.arange(slots, device=key.device) >= slots - self.plan.config.recent_tokens
-        scores = scores.masked_fill(newest, float("inf"))
-        if valid is not None:
-            scores = scores.masked_fill(~valid[:, None], float("-inf"))
+            if scores.shape != positions.shape:
+                raise ConfigError(
+                    f"method={self.plan.config.method!r}: score() returned {tuple(scores.shape)}; "
+                    f"it must be (B, Hkv, K), here {tuple(positions.shape)}"
+                )
+        worst = torch.finfo(torch.float32).min
+        scores = scores.float().nan_to_num(nan=worst, neginf=worst, posinf=-worst)
+        recent = self.plan.config.recent_tokens
+        if valid is None:
+            scores[..., max(slots - recent, 0) :] = float("inf")
+        else:  # counted from each row's own end: there may be padding among the last slots
+            newest = valid.flip(-1).cumsum(-1).flip(-1) <= recent
+            scores = scores.masked_fill(newest[:, None], float("inf")).masked_fill(~valid[:, None], float("-inf"))
         index = select(scores, self.held, width)
         self.storage = Storage.gather(key, value, positions, index, self._room, padded)
+
+
+class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """A sliding-window layer that lets the prompt go: the plain one keeps its window as a view of all the keys."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take new keys and values; return the window before them, and them."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if key_states.shape[2] > 1 and self.keys.shape[2] < keys.shape[2]:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        # As in the other layers, no gradient flows through what is stored.
+        self.keys, self.values = self.keys.detach(), self.values.detach()
+        return keys, values
+
+    def reset(self) -> None:
+        """Forget everything; before transformers 5.20 the plain layer keeps its (zeroed) window and its batch size."""
+        super().reset()
+        self.keys, self.values, self.is_initialized = None, None, False  # type: ignore[assignment]
+        self.cumulative_length = 0
 
 
 class PyramidKVCache(Cache):  # type: ignore[misc]
@@ -294,7 +338,7 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
                 scorer = None if make_scorer is None else make_scorer(self.config)
                 layers.append(PyramidKVLayer(index, compressed.index(index), self.plan, scorer))
             else:
-                layers.append(DynamicSlidingWindowLayer(sliding_window=shape.sliding_window))
+                layers.append(SlidingLayer(sliding_window=shape.sliding_window))
         super().__init__(layers=layers)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -303,7 +347,8 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
         if chosen != ATTENTION_NAME:
             raise UnsupportedError(
                 f"attn_implementation={chosen!r}: a PyramidKVCache is read by {ATTENTION_NAME!r} alone; call "
-                f"model.set_attn_implementation({ATTENTION_NAME!r}) first, or use pyramidkv.compress(model, ...)"
+                f"model.set_attn_implementation({ATTENTION_NAME!r}) first and give the cache model.config itself, or "
+                "use pyramidkv.compress(model, ...)"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -322,7 +367,14 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
 
     def fork(self) -> PyramidKVCache:
         """An independent copy: continue one compressed context in several ways."""
-        return copy.deepcopy(self, {id(x): x for x in (self._model_config, self.plan, self.config)})
+        return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PyramidKVCache:
+        memo |= {id(x): x for x in (self._model_config, self.plan, self.config)}  # of the model, not of the cache
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return new
 
     def __repr__(self) -> str:
         return f"PyramidKVCache(method={self.config.method!r}, {self.config.describe()}, seen={self.get_seq_length()})"

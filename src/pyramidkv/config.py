@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from pyramidkv.errors import ConfigError
@@ -51,7 +53,7 @@ class CompressionConfig:
         # Imported here, since scorers read this class; a method's name can only be checked against them.
         from pyramidkv.scorers import METHODS
 
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise ConfigError(f"method={self.method!r}: {unknown(self.method, METHODS)}")
         amounts = {"budget": self.budget, "keep": self.keep, "bytes": self.bytes}
         given = [name for name, value in amounts.items() if value is not None]
@@ -70,10 +72,10 @@ class CompressionConfig:
             raise ConfigError(f"kernel={self.kernel}: must be odd, so that a pooled score stays at its token")
         if self.pooling not in ("avg", "max"):
             raise ConfigError(f"pooling={self.pooling!r}: {unknown(self.pooling, ('avg', 'max'))}")
-        if not self.beta >= 1:
-            raise ConfigError(f"beta={self.beta}: must be 1 (uniform) or more")
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise ConfigError(f"keep={self.keep}: must be a share of the prompt, above 0 and at most 1")
+        if not _number(self.beta) or not 1 <= self.beta < math.inf:
+            raise ConfigError(f"beta={self.beta!r}: must be 1 (uniform) or more")
+        if self.keep is not None and (not _number(self.keep) or not 0 < self.keep <= 1):
+            raise ConfigError(f"keep={self.keep!r}: must be a share of the prompt, above 0 and at most 1")
         if self.bytes is not None:
             object.__setattr__(self, "bytes", parse_bytes("bytes", self.bytes))
         if self.budget is not None:
@@ -109,9 +111,9 @@ class CompressionConfig:
         return " ".join(f"{k}={v}" for k, v in shown.items() if v != type(self).__dataclass_fields__[k].default)
 
 
-def unknown(name: str, allowed: Any) -> str:
+def unknown(name: object, allowed: Any) -> str:
     """'unknown; did you mean X? allowed: ...' for an error message."""
-    near = difflib.get_close_matches(name, list(allowed), n=1)
+    near = difflib.get_close_matches(str(name), list(allowed), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown; {hint}allowed: {', '.join(allowed)}"
 
@@ -119,9 +121,15 @@ def unknown(name: str, allowed: Any) -> str:
 def parse_bytes(name: str, value: int | str) -> int:
     """Bytes from a number or a text such as "1.5GiB" or "800MB". Raises `ConfigError` naming the argument."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
-    if isinstance(value, bool) or not match or match[2].lower() not in _UNITS or float(match[1]) <= 0:
+    # A fraction, not a float: a float holds no more than 53 bits of a number of bytes.
+    size = int(Fraction(match[1]) * _UNITS.get(match[2].lower(), 0)) if match else 0
+    if isinstance(value, bool) or size < 1:
         raise ConfigError(f"{name}={value!r}: must be a positive number of bytes, such as 500000000, '800MB' or '1GiB'")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return size
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _integer(name: str, value: Any, least: int) -> None:

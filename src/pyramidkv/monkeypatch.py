@@ -6,6 +6,7 @@ A thin form of `compress`: the first call of a model of that class opens a sessi
 from __future__ import annotations
 
 import weakref
+from contextlib import ExitStack
 from typing import Any
 
 import transformers
@@ -16,7 +17,7 @@ from pyramidkv.scorers import METHODS
 from pyramidkv.session import Session
 
 _NONE = ("fullkv", "full")
-_sessions: dict[type, weakref.WeakKeyDictionary[Any, Session]] = {}
+_sessions: dict[type, weakref.WeakSet[Session]] = {}  # a session lives as long as its model, which holds its hook
 
 
 def replace_gptneox(method: str = "pyramidkv", **options: Any) -> None:
@@ -38,6 +39,8 @@ def replace_mistral(method: str = "pyramidkv", **options: Any) -> None:
 
 
 def _replace(model_class: type, method: str, options: dict[str, Any]) -> None:
+    if not isinstance(method, str):
+        raise ConfigError(f"method={method!r}: {unknown(method, ['fullkv', *METHODS])}")
     if method.lower() in _NONE:
         if options:
             raise ConfigError(f"{next(iter(options))}: method={method!r} keeps everything and takes no options")
@@ -47,19 +50,21 @@ def _replace(model_class: type, method: str, options: dict[str, Any]) -> None:
         raise ConfigError(f"method={method!r}: {unknown(method, ['fullkv', *METHODS])}")
     config = CompressionConfig.make(method=method.lower(), **options)
     _restore(model_class)
-    sessions = _sessions[model_class] = weakref.WeakKeyDictionary()
+    sessions = _sessions[model_class] = weakref.WeakSet()
     plain_call = model_class.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self not in sessions:
-            sessions[self] = Session(self, config).open()
+        if not any(session.model is self for session in sessions):
+            sessions.add(Session(self, config).open())
         return plain_call(self, *args, **kwargs)
 
     model_class.__call__ = call  # type: ignore[method-assign]
 
 
 def _restore(model_class: type) -> None:
-    for session in _sessions.pop(model_class, {}).values():
-        session.close()
+    sessions = list(_sessions.pop(model_class, ()))
     if "__call__" in vars(model_class):
         del model_class.__call__
+    with ExitStack() as stack:  # closes them all, even if the warning of one is an error
+        for session in sessions:
+            stack.callback(session.close)

@@ -70,7 +70,7 @@ class Plan:
         config, compressed = self.config, self.shape.compressed
         assert isinstance(config.bytes, int)
         slots = [self._slot(layer, itemsize) for layer in compressed]
-        # A sliding layer takes its whole window: what it will need, not what a short prompt needs today.
+        # A sliding layer takes its whole window, as it does once it has decoded: not what a short prompt needs today.
         fixed = batch * (self._sliding_bytes(None, itemsize) + config.room * sum(slots))
         total = (config.bytes - fixed) // (batch * max(slots))
         if total < len(compressed) * config.floor:
@@ -89,11 +89,17 @@ class Plan:
         total = 0
         for layer in self.shape.layers:
             if layer.sliding_window is not None:
-                held = layer.sliding_window - 1 if tokens is None else min(tokens, layer.sliding_window - 1)
+                held = layer.sliding_window if tokens is None else min(tokens, layer.sliding_window - 1)
                 total += 2 * layer.kv_heads * layer.head_dim * itemsize * held
         return total
 
 
 def limits(plan: Plan, rank: int, counts: Sequence[int], *, itemsize: int) -> list[int]:
     """Tokens that the compressed layer number `rank` may hold of each row; `counts` are the rows' real tokens."""
-    return [plan.budgets(n, batch=len(counts), itemsize=itemsize)[rank] for n in counts]
+    allowed = [plan.budgets(n, batch=len(counts), itemsize=itemsize)[rank] for n in counts]
+    if plan.config.bytes is None:
+        return allowed
+    # A short row, clamped below, may ask for more in an upper layer than the longest does; every row has as many slots
+    # as the widest, and the bytes pay for those of the longest row.
+    most = plan.budgets(max(counts), batch=len(counts), itemsize=itemsize)[rank]
+    return [min(n, most) for n in allowed]

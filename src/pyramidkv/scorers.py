@@ -41,7 +41,10 @@ class Scorer(ABC):
 
     @abstractmethod
     def score(self, seen: Observation) -> Tensor:
-        """(B, Hkv, K) float32; the keys with the highest scores are kept. Invalid slots may have any score."""
+        """(B, Hkv, K) float32; the keys with the highest scores are kept. Invalid slots may have any score.
+
+        No score outranks the newest tokens, which are always kept, and none of -inf or NaN leaves a slot empty.
+        """
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,18 @@ class WindowScorer(Scorer):
     def score(self, seen: Observation) -> Tensor:
         window = min(self.config.window, seen.query.shape[2])
         scores = window_scores(seen.query[:, :, -window:], seen.key, seen.scaling, seen.valid)
+        if seen.valid is None:
+            return self._pooled(scores, None)
+        # Padding between two turns must not part neighbours: all empty slots to the front, and back after the pooling.
+        order = seen.valid.int().argsort(dim=-1, stable=True)
+        valid = seen.valid.gather(1, order)[:, None]
+        wide = order[:, None].expand_as(scores)
+        return torch.empty_like(scores).scatter_(2, wide, self._pooled(scores.gather(2, wide), valid))
+
+    def _pooled(self, scores: Tensor, valid: Tensor | None) -> Tensor:
         # The newest tokens are kept anyway; their high scores must not lift their neighbours.
         old = max(scores.shape[-1] - self.config.recent_tokens, 0)
-        valid = None if seen.valid is None else seen.valid[:, None, :old]
+        valid = None if valid is None else valid[..., :old]
         scores[..., :old] = pool(scores[..., :old], self.config.kernel, self.config.pooling, valid)
         return scores
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,8 @@ class Session:
     def __init__(self, model: torch.nn.Module, config: CompressionConfig) -> None:
         self.model: Any = model
         self.config = config
+        if not hasattr(model, "config") or not hasattr(model, "set_attn_implementation"):
+            raise ConfigError(f"model is a {type(model).__name__}: it must be a transformers model")
         cache_shape(self.model.config)  # an unsupported model is an error here, not in the middle of a forward
         self._cache: PyramidKVCache | None = None
         self._usage: CacheUsage | None = None
@@ -37,6 +40,7 @@ class Session:
         """Start compressing. Raises `ConfigError` if this or another session is open on the model."""
         if self.is_open or self.model.config._attn_implementation == ATTENTION_NAME:
             raise ConfigError("model: is already under compression; close that session first")
+        self._usage, self._evicted = None, False
         self._attention = self.model.config._attn_implementation
         self.model.set_attn_implementation(ATTENTION_NAME)
         self._hook = self.model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
@@ -44,6 +48,9 @@ class Session:
 
     def close(self) -> None:
         """Stop compressing; closing twice is harmless. Warns (`CompressionWarning`) if nothing was ever evicted."""
+        self._close()
+
+    def _close(self) -> None:
         if self._hook is None:
             return
         self._hook.remove()
@@ -62,7 +69,7 @@ class Session:
     ) -> None:
         if error is not None:
             self._evicted = True  # the error is what the caller must see, not the warning
-        self.close()
+        self._close()
 
     def report(self) -> CacheUsage:
         """What the newest cache holds (or held, once the session is closed). Raises if there was none."""
@@ -75,17 +82,31 @@ class Session:
     def _give_cache(
         self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:  # past_key_values may be among them
+            kwargs = {**inspect.signature(self.model.forward).bind_partial(*args).arguments, **kwargs}
+            args = ()
+        if kwargs.get("output_attentions"):
+            raise UnsupportedError("output_attentions=True: attention weights are never materialised; leave it out")
         past: Cache | None = kwargs.get("past_key_values")
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self.model.config.get_text_config(decoder=True), "use_cache", True)
-        if isinstance(past, PyramidKVCache) or (past is None and not use_cache):
+        if isinstance(past, PyramidKVCache):
+            if past is not self._cache:
+                self._settle()
+                self._cache = past
+            return args, kwargs
+        if past is None and not use_cache:
             return args, kwargs
         # generate() makes an empty DynamicCache before its first forward; ours takes its place.
         if past is not None and (type(past) is not DynamicCache or past.get_seq_length() > 0):
             raise UnsupportedError(
                 f"past_key_values is a {type(past).__name__} with {past.get_seq_length()} tokens: a session can only "
-                "continue its own caches; leave past_key_values out, or pass a PyramidKVCache"
+                "continue a PyramidKVCache; pass one, or leave out past_key_values and cache_implementation"
+            )
+        if past is not None and getattr(past, "offloading", False):
+            raise UnsupportedError(
+                "cache offloading does not work with compression; leave out cache_implementation='offloaded'"
             )
         self._settle()
         self._cache = PyramidKVCache(self.model.config, self.config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pyramidkv.errors import UnsupportedError
+from pyramidkv.errors import ConfigError, UnsupportedError
 
 # Families whose every path is tested (tests/test_families.py). They share the attention interface that this package
 # plugs into, so another family is a line here once its tests pass.
@@ -36,6 +36,8 @@ class CacheShape:
 
 def cache_shape(config: Any) -> CacheShape:
     """The cache shape of a `transformers` config. Raises `UnsupportedError` for models that can't be compressed."""
+    if not hasattr(config, "get_text_config"):
+        raise ConfigError(f"model_config is a {type(config).__name__}: it must be a transformers config: model.config")
     text = config.get_text_config(decoder=True)
     if text.model_type not in FAMILIES:
         raise UnsupportedError(f"model_type={text.model_type!r}: not supported; supported are {', '.join(FAMILIES)}")

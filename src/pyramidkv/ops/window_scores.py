@@ -37,7 +37,8 @@ def window_scores(query: Tensor, key: Tensor, scaling: float, valid: Tensor | No
         seen = column <= row[:, None]  # (W, K)
         if valid is not None:
             seen = seen & valid[:, None, None, None, :]
-        logits = (block @ wide_key).float() * scaling
+        # Scaled before the product: float16 ends at 65504, which raw products of large keys can pass.
+        logits = ((block * scaling) @ wide_key).float()
         probability = logits.masked_fill(~seen, float("-inf")).softmax(-1)  # (B, Hkv, G, W, K)
         if valid is not None:
             counted = valid[:, None, None, row, None]  # padding queries see nothing: their softmax is NaN
