@@ -14,7 +14,6 @@ from pyramidkv.models.device import pick_device, pick_dtype
 from pyramidkv.models.shapes import SHAPES, Shape
 from pyramidkv.models.source import DEFAULT_MODEL, count_parameters, load_config, load_model
 
-
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
