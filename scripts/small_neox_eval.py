@@ -8,6 +8,7 @@ greedy decoding would write it. Writes one JSON object to standard output.
 """
 
 import argparse
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +30,8 @@ TARGETS = 256
 
 def recall_rows(encode: Encode, task: str, tokens: int, n: int, seed: int = 0) -> list[tuple[list[int], int]]:
     """`n` rows (context + question + answer as tokens, length of the answer), one question to a context."""
-    examples = make_examples(task, n=n, tokens=tokens, count_tokens=lambda s: len(encode(s)), seed=seed, probes=1)
+    count = functools.cache(lambda text: len(encode(text)))  # the same sentences come again and again
+    examples = make_examples(task, n=n, tokens=tokens, count_tokens=count, seed=seed, probes=1)
     rows = []
     for example in examples:
         probe = example.probes[0]
@@ -58,7 +60,7 @@ def recall(logits: Logits, rows: Sequence[tuple[list[int], int]], device: torch.
 
 @torch.no_grad()
 def losses_by_context(
-    logits: Logits, books: Sequence[list[int]], device: torch.device, windows: int, batch: int = 8
+    logits: Logits, books: Sequence[list[int]], device: torch.device, windows: int, batch: int = 4
 ) -> dict[int, Tensor]:
     """Mean loss per token of each of about `windows` windows' targets, for each context length: paired, (windows,)."""
     longest = max(CONTEXTS) + TARGETS
@@ -104,6 +106,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=900, help="about how many windows of text to score")
     parser.add_argument("--examples", type=int, default=256, help="recall examples for each task and length")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048, 4096], help="recall lengths in tokens")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -116,7 +119,7 @@ def main() -> None:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    result: dict[str, Any] = {"dtype": arguments.dtype}
+    result: dict[str, Any] = {"dtype": arguments.dtype, "recall_examples": arguments.examples}
     if arguments.books:
         books = [encode(file.read_text(encoding="utf-8")) for file in sorted(arguments.books.glob("*.txt"))]
         result["perplexity"] = summary(losses_by_context(logits, books, device, arguments.windows))
@@ -125,7 +128,7 @@ def main() -> None:
             length: recall(logits, recall_rows(encode, task, length, arguments.examples), device)
             for length in arguments.lengths
         }
-        for task in TASKS
+        for task in arguments.tasks
     }
     print(json.dumps(result, indent=1))
 
