@@ -1,6 +1,7 @@
 """Perplexity by length of context, and recall with the full cache, of a causal language model, for its card.
 
-    python scripts/small_neox_eval.py --model src/pyramidkv/models/neox-16m --books DIR --device cuda --examples 256
+    python scripts/small_neox_eval.py --model src/pyramidkv/models/neox-16m --books DIR --windows 96 --tasks
+    python scripts/small_neox_eval.py --model src/pyramidkv/models/neox-16m --examples 25 --tasks kv --lengths 2048 4096
 
 `--books`: a folder of held-out *.txt files. Perplexity: the same target tokens after 256, 512, 1024, 2048 and 3840
 tokens of context. Recall: teacher-forced; an answer counts when every token of it has the highest logit, which is when
@@ -11,6 +12,7 @@ import argparse
 import functools
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ Logits = Callable[[Tensor, int], Tensor]
 
 CONTEXTS = (256, 512, 1024, 2048, 3840)
 TARGETS = 256
+PAIRS = {"kv": 8, "needle": 1, "tracking": 4}  # facts or chains in a context, each asked for
 
 
 def recall_rows(encode: Encode, task: str, tokens: int, n: int, seed: int = 0) -> list[tuple[list[int], int]]:
@@ -56,6 +59,25 @@ def recall(logits: Logits, rows: Sequence[tuple[list[int], int]], device: torch.
             first = len(ids) - answer - 1 - (longest - keep)
             right += best[i, first : first + answer].tolist() == ids[len(ids) - answer :]
     return right / len(rows)
+
+
+@torch.no_grad()
+def recall_with_cache(model: Any, encode: Encode, task: str, tokens: int, examples: int, pairs: int) -> tuple[int, int]:
+    """Answers right, and questions asked: all `pairs` of each example, its context read once into a full cache."""
+    count = functools.cache(lambda text: len(encode(text)))
+    right = asked = 0
+    made = make_examples(task, n=examples, tokens=tokens, count_tokens=count, seed=0, pairs=pairs, probes=pairs)
+    for example in made:
+        context = torch.tensor([encode(example.context)], device=model.device)
+        cache = model(context, use_cache=True, logits_to_keep=1).past_key_values
+        for probe in example.probes:
+            question, answer = encode(probe.question), encode(probe.answer)
+            fed = torch.tensor([question + answer[:-1]], device=model.device)
+            best = model(fed, past_key_values=cache, use_cache=True).logits[0, len(question) - 1 :].argmax(-1)
+            right += best.tolist() == answer
+            asked += 1
+            cache.crop(-fed.shape[1])
+    return right, asked
 
 
 @torch.no_grad()
@@ -104,7 +126,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--windows", type=int, default=900, help="about how many windows of text to score")
-    parser.add_argument("--examples", type=int, default=256, help="recall examples for each task and length")
+    parser.add_argument("--examples", type=int, default=100, help="contexts for each recall task and length")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048, 4096], help="recall lengths in tokens")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
     arguments = parser.parse_args()
@@ -119,17 +141,15 @@ def main() -> None:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    result: dict[str, Any] = {"dtype": arguments.dtype, "recall_examples": arguments.examples}
+    result: dict[str, Any] = {"dtype": arguments.dtype, "contexts_per_recall_task": arguments.examples}
     if arguments.books:
         books = [encode(file.read_text(encoding="utf-8")) for file in sorted(arguments.books.glob("*.txt"))]
         result["perplexity"] = summary(losses_by_context(logits, books, device, arguments.windows))
-    result["recall"] = {
-        task: {
-            length: recall(logits, recall_rows(encode, task, length, arguments.examples), device)
-            for length in arguments.lengths
-        }
-        for task in arguments.tasks
-    }
+    for task in arguments.tasks:
+        for length in arguments.lengths:
+            right, asked = recall_with_cache(model, encode, task, length, arguments.examples, PAIRS[task])
+            result[f"{task}_{length}"] = {"right": right, "asked": asked, "accuracy": round(right / asked, 4)}
+            print(task, length, right, asked, file=sys.stderr, flush=True)
     print(json.dumps(result, indent=1))
 
 

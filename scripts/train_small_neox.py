@@ -3,7 +3,7 @@
 The command that made it, on one H100 80GB, in about a quarter of an hour:
 
     python scripts/train_small_neox.py --data DIR --valid DIR --tokenizer src/pyramidkv/models/neox-16m/tokenizer.json \
-        --out runs/neox-16m --steps 6000
+        --out runs/neox-16m --steps 8800 --look-every 400 --save-every 400
 
 `--data`: a folder of *.tar.xz archives of plain-text books; `--valid`: a folder of held-out *.txt books. A run that was
 cut off goes on from its last checkpoint (`--out`/state.pt) when the same command is given again. `--out`/model is what
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--valid", type=Path, help="folder of held-out *.txt texts")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json, from small_neox_data.py")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, log and model")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=8800)
     parser.add_argument("--stop-after", type=int, help="stop here, with a checkpoint; the plan stays")
     parser.add_argument("--lr", type=float, default=4e-3, help="peak rate of Muon, in units of an AdamW step")
     parser.add_argument("--lr-rest", type=float, default=3e-3, help="peak rate of AdamW")

@@ -12,18 +12,21 @@ from pyramidkv.errors import ConfigError
 from pyramidkv.evaluate.tasks import make_examples
 
 # Written for this test, in the manner of what the model was trained on.
-PASSAGE = """The morning was cold and grey when Mr. Harding came down to breakfast. His sister had already taken her
-place at the table, and was reading a letter which had been brought from the village an hour before. She did not look up when
-he entered the room, nor did she answer when he wished her a good morning, and he knew at once that the news was bad.
+PASSAGE = """\
+The morning was cold and grey when Mr. Harding came down to breakfast. His sister had already taken her place
+at the table, and was reading a letter which had been brought from the village an hour before. She did not
+look up when he entered the room, nor did she answer when he wished her a good morning, and he knew at once
+that the news was bad.
 
-"It is from Edward," she said at last, laying the paper beside her plate. "He will not come. He says that the roads are
-not safe, and that he must stay in London until the end of the month."
+"It is from Edward," she said at last, laying the paper beside her plate. "He will not come. He says that the
+roads are not safe, and that he must stay in London until the end of the month."
 
-Mr. Harding walked to the window and stood there for some time without speaking. He had been sure that his son would
-come. The house had been made ready for him, the best room had been opened and warmed, and the old servant, who had
-known the boy since he was a child, had gone every day to the gate to look for the carriage. "Then we must wait," he
-said, "as we have waited before. It is not the first time that he has kept us waiting, and I do not suppose that it will
-be the last." """
+Mr. Harding walked to the window and stood there for some time without speaking. He had been sure that his son
+would come. The house had been made ready for him, the best room had been opened and warmed, and the old
+servant, who had known the boy since he was a child, had gone every day to the gate to look for the carriage.
+"Then we must wait," he said, "as we have waited before. It is not the first time that he has kept us waiting,
+and I do not suppose that it will be the last."
+"""
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,7 @@ def test_perplexity_of_a_fixed_text(shipped):
     ids = tokenizer(PASSAGE, return_tensors="pt").input_ids
     with torch.inference_mode():
         perplexity = math.exp(model(ids, labels=ids).loss.item())
-    assert 17.5 < perplexity < 20  # 18.72 when it was trained
+    assert 15.8 < perplexity < 17.9  # 16.82 when it was trained
 
 
 @pytest.mark.parametrize("task", ["kv", "needle"])
