@@ -9,7 +9,7 @@ import torch
 
 from pyramidkv import models
 from pyramidkv.errors import ConfigError
-from pyramidkv.evaluate.tasks import make_examples
+from pyramidkv.evaluate.tasks import TASKS, make_examples
 
 # Written for this test, in the manner of what the model was trained on.
 PASSAGE = """\
@@ -97,6 +97,17 @@ def test_tokenizer_gives_the_text_back_and_splits_numbers(shipped):
     text = "Über 48213 naïve ☃ tokens,\n\tand  two spaces."
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.tokenize(" 48213") == ["Ġ", "4", "8", "2", "1", "3"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tokens_of_a_recall_text_are_those_of_its_parts(shipped, task):
+    def encode(text):
+        return shipped[1](text).input_ids
+
+    for example in make_examples(task, n=5, tokens=512, count_tokens=lambda text: len(encode(text)), seed=0):
+        for probe in example.probes:
+            parts = [example.context, probe.question, probe.answer]
+            assert encode("".join(parts)) == sum((encode(part) for part in parts), [])
 
 
 def test_perplexity_of_a_fixed_text(shipped):
