@@ -119,7 +119,6 @@ def run(
     path = out / schema.RESULTS
     existing = _existing(path, resume, force)
     corpora, skipped = _corpora(settings)
-    out.mkdir(parents=True, exist_ok=True)
     loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
     head = _head(settings, loaded)
     file = _File(path)
@@ -158,6 +157,7 @@ def _existing(path: Path, resume: bool, force: bool) -> list[Record]:
 
 def _write_first(path: Path, head: Run) -> None:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         schema.append(path, head)
     except OSError as error:
         raise ConfigError(f"out={str(path.parent)!r}: can't be written: {error.strerror}") from error

@@ -1,0 +1,201 @@
+"""The benchmark as a whole: what it writes, what it refuses, and how a run that was cut off goes on."""
+
+import json
+
+import pytest
+import torch
+
+from families import model
+from pyramidkv import CompressionConfig, ConfigError, models
+from pyramidkv.cli.bench import _ablations
+from pyramidkv.evaluate import bench, recall, schema, tasks, texts
+from pyramidkv.evaluate.bench import Settings
+
+SMALL = {
+    "context": 60,
+    "target": 20,
+    "chunks": 2,
+    "recall_context": (300,),
+    "recall_examples": 1,
+    "prompt": 50,
+    "new_tokens": 4,
+    "repeats": 2,
+}
+CONFIG = CompressionConfig(keep=0.5, window=8)
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    monkeypatch.setattr(bench, "hub_problem", lambda: "there is none in this test")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny untrained GPT-NeoX with the shipped tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    made = model("gpt_neox-2-2-32")
+    made.resize_token_embeddings(3072)
+    made.save_pretrained(path)
+    models.load()[1].save_pretrained(path)
+    return str(path)
+
+
+def settings(folder, **changes):
+    return Settings(**{"configs": (CONFIG,), "model": folder, **SMALL, **changes})
+
+
+def kinds(path):
+    return [json.loads(line)["kind"] for line in path.read_text().splitlines()]
+
+
+def test_a_run_writes_every_kind_of_record(folder, tmp_path):
+    seen = []
+    path = bench.run(settings(folder), tmp_path / "new", progress=lambda *step: seen.append(step))
+    records = schema.read(path)
+    assert kinds(path) == ["run", *["skipped"] * 2, *["perplexity"] * 2, "layers", *["recall"] * 6, *["speed"] * 2]
+    head = records[0]
+    assert (head.settings["method"], head.settings["keep"], head.weights_random) == ("pyramidkv", 0.5, False)
+    corpora = schema.pick(records, schema.Perplexity)
+    assert {row.corpus_sha256 for row in corpora} == {texts.load("python-reference").sha256}
+    layers = schema.pick(records, schema.Layers)[0]
+    assert all(
+        len(head) == n for n, heads in zip(layers.budget_tokens, layers.kept_positions, strict=True) for head in heads
+    )
+    assert sum(layers.budget_tokens) == 3 * 30
+    assert ("speed at batch 1", 2, 2) in seen
+
+
+def test_random_weights_are_measured_for_speed_alone(tmp_path, monkeypatch):
+    made = model("gpt_neox-2-2-32")
+    loaded = bench.LoadedModel(made, None, "random:tiny", True, 1)
+    monkeypatch.setattr(bench, "load_model", lambda *_, **__: loaded)
+    records = schema.read(bench.run(settings("random:tiny", metrics=("perplexity", "recall", "speed")), tmp_path / "r"))
+    reasons = {r.what: r.reason for r in schema.pick(records, schema.Skipped)}
+    assert reasons[f"perplexity on {texts.load('python-reference').name}"] == "not measured (random weights)"
+    assert reasons["recall of kv at 300"] == "not measured (random weights)"
+    assert len(schema.pick(records, schema.Speed)) == 2
+
+
+def test_nothing_is_overwritten_unless_asked(folder, tmp_path):
+    one = settings(folder, metrics=("speed",))
+    path = bench.run(one, tmp_path)
+    before = path.read_text()
+    with pytest.raises(ConfigError, match="--resume goes on with it, --force replaces it"):
+        bench.run(one, tmp_path)
+    assert path.read_text() == before
+    bench.run(one, tmp_path, force=True)
+    assert path.read_text() != before
+    assert kinds(path) == ["run", "speed", "speed"]
+
+
+def test_an_interrupted_run_keeps_what_is_done_and_goes_on(folder, tmp_path, monkeypatch):
+    whole = settings(folder, metrics=("perplexity", "recall"))
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recall, "measure", stop)
+        with pytest.raises(KeyboardInterrupt):
+            bench.run(whole, tmp_path)
+    path = tmp_path / schema.RESULTS
+    before = path.read_text()
+    assert kinds(path) == ["run", *["skipped"] * 2, *["perplexity"] * 2, "layers"]
+    bench.run(whole, tmp_path, resume=True)
+    assert path.read_text().startswith(before)
+    assert kinds(path)[6:] == ["recall"] * 6
+    bench.run(whole, tmp_path, resume=True)
+    assert len(kinds(path)) == 12
+
+
+def test_resume_refuses_other_settings_and_half_written_files(folder, tmp_path):
+    bench.run(settings(folder, metrics=("speed",)), tmp_path)
+    with pytest.raises(ConfigError, match=r"resume: .* was made with settings"):
+        bench.run(settings(folder, metrics=("speed",), prompt=51), tmp_path, resume=True)
+    path = tmp_path / schema.RESULTS
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(schema.DataError, match="line 3"):
+        bench.run(settings(folder, metrics=("speed",)), tmp_path, resume=True)
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="out="):
+        bench.run(settings(folder, metrics=("speed",)), tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": ("speeed",)}, "metric='speeed': unknown; did you mean 'speed'"),
+        ({"tasks": ("nedle",)}, "task='nedle': unknown; did you mean 'needle'"),
+        ({"chunks": 0}, "chunks=0: must be at least 1"),
+        ({"new_tokens": 1}, "new_tokens=1: must be at least 2"),
+        ({"batch": (2, 0)}, "batch=0: must be at least 1"),
+        ({"prompt": 8}, "prompt=8: must be longer than window=8"),
+        ({"recall_context": (5,)}, "recall_context=5: must be longer"),
+        ({"context": 4}, "context=4: must be longer"),
+        ({"configs": (CompressionConfig(method="full"),)}, "method: give at least one that compresses"),
+        ({"configs": (CompressionConfig(budget=60, window=8),)}, "budget=60: must be below the context of 60"),
+        ({"configs": (CompressionConfig(keep=0.5, window=70, recent=8),)}, "window=70: must be at most the context"),
+    ],
+)
+def test_settings_are_checked_before_a_model_is_loaded(changes, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError) as caught:
+        bench.run(settings("unused", **changes), tmp_path / "never")
+    assert message in str(caught.value)
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_corpus_asked_for_by_name_must_be_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+
+    def gone(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", gone)
+    with pytest.raises(schema.DataError, match="--text pg19="):
+        bench.run(settings("unused", corpora=("pg19",)), tmp_path / "never")
+
+
+def test_ablations_are_every_other_method_and_slope_at_the_same_amount():
+    names = [(c.method, c.keep, c.beta, c.recent_tokens) for c in _ablations(CONFIG)]
+    assert names == [
+        ("snapkv", 0.5, 20.0, 8),
+        ("h2o", 0.5, 20.0, 8),
+        ("streamingllm", 0.5, 20.0, 8),
+        ("knorm", 0.5, 20.0, 8),
+        ("random", 0.5, 20.0, 8),
+        ("pyramidkv", 0.5, 1.0, 8),
+        ("pyramidkv", 0.5, 2.0, 8),
+    ]
+
+
+@torch.no_grad()
+def test_recall_counts_what_greedy_decoding_answers():
+    trained, tokenizer = models.load()
+    examples = tasks.make_examples("kv", n=2, tokens=400, count_tokens=lambda t: len(tokenizer(t)["input_ids"]), seed=7)
+    *_, rows = recall.measure(trained, tokenizer, "m", examples, [CompressionConfig(keep=0.3)], context=400)
+    full = rows[0]
+    correct = 0
+    for example in examples:
+        for probe in example.probes:
+            ids = tokenizer(example.context + probe.question, return_tensors="pt")["input_ids"]
+            answer = tokenizer(probe.answer)["input_ids"]
+            out = trained.generate(ids, max_new_tokens=len(answer), do_sample=False, pad_token_id=0)
+            correct += out[0, ids.shape[1] :].tolist() == answer
+    assert sum(full.correct) == correct
+    assert full.probes == rows[1].probes == tuple(len(e.probes) for e in examples)
+    assert rows[1].compression.keep == pytest.approx(0.3, abs=0.01)
+
+
+@torch.no_grad()
+def test_question_aware_recall_of_the_full_cache_is_the_same():
+    trained, tokenizer = models.load()
+    examples = tasks.make_examples("kv", n=1, tokens=400, count_tokens=lambda t: len(tokenizer(t)["input_ids"]), seed=8)
+    config = CompressionConfig(keep=0.3)
+    *_, blind = recall.measure(trained, tokenizer, "m", examples, [config], context=400)
+    *_, aware = recall.measure(trained, tokenizer, "m", examples, [config], context=400, question_aware=True)
+    assert aware[0].correct == blind[0].correct
+    assert aware[1].accuracy >= blind[1].accuracy

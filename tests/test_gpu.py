@@ -1,0 +1,85 @@
+"""What only a CUDA device can show; run with `pytest -m gpu`."""
+
+import pytest
+import torch
+
+import pyramidkv
+from families import NAMES, model, padded_batch
+from pyramidkv.cache import PyramidKVLayer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def fill(plain, device, options, lengths=(61, 40, 23)):
+    """The cache and last logits of a padded batch on a device."""
+    plain = plain.to(device)
+    plain.set_attn_implementation("pyramidkv")
+    ids, mask, positions = (t.to(device) for t in padded_batch(lengths))
+    cache = pyramidkv.PyramidKVCache(plain.config, **options)
+    with torch.no_grad():
+        logits = plain(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]
+    return cache, logits
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unlimited_budget_is_the_plain_model(name):
+    plain = model(name).cuda()
+    ids, mask, _ = (t.cuda() for t in padded_batch((61, 40, 23)))
+    arguments = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = plain.generate(**arguments)
+    with pyramidkv.compress(plain, method="full"):
+        assert torch.equal(plain.generate(**arguments), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", [m for m in pyramidkv.methods() if m != "full"])
+def test_the_gpu_keeps_what_the_cpu_keeps(name, method):
+    options = {"method": method, "keep": 0.4, "window": 6}
+    here, _ = fill(model(name), "cpu", options)
+    there, _ = fill(model(name), "cuda", options)
+    for one, other in zip(here.layers, there.layers, strict=True):
+        if isinstance(one, PyramidKVLayer):
+            assert one.held == other.held
+            same = (one.storage.positions == other.storage.positions.cpu()).float().mean()
+            assert same > 0.97  # scores that tie to the last bit may be rounded apart
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_generates_and_holds_half_the_bytes(dtype):
+    plain = model("llama-4-2-32").to("cuda", dtype)
+    ids, mask, _ = (t.cuda() for t in padded_batch((61, 40, 23)))
+    with pyramidkv.compress(plain, budget=20, window=8) as session:
+        plain.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    slots = 3 * 3 * 2 * (20 + 128)
+    assert session.report().kv_bytes == slots * (2 * 32 * 2 + 4)
+
+
+def test_prefill_without_padding_never_waits_for_the_device():
+    plain = model("gpt_neox-2-2-80").to("cuda", torch.float16)
+    plain.set_attn_implementation("pyramidkv")
+    ids = torch.randint(3, 101, (2, 300), device="cuda")
+    for method in ("pyramidkv", "snapkv"):
+        cache = pyramidkv.PyramidKVCache(plain.config, method=method, keep=0.25)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.no_grad():
+                plain(ids, past_key_values=cache, logits_to_keep=1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert cache.report().evicted
+
+
+def test_peak_memory_of_a_prefill_falls():
+    plain = model("gpt_neox-2-2-80").to("cuda", torch.float16)
+    ids = torch.randint(3, 101, (4, 500), device="cuda")
+
+    def held(**options):
+        plain.set_attn_implementation("pyramidkv")
+        cache = pyramidkv.PyramidKVCache(plain.config, room=1, **options)
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            plain(ids, past_key_values=cache, logits_to_keep=1)
+        return torch.cuda.memory_allocated() - before
+
+    assert held(keep=0.25) < 0.35 * held(method="full")
