@@ -1,0 +1,70 @@
+"""The plain torch definition. It never holds more than `_BLOCK` queries' probabilities at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK = 256
+
+
+def window_scores(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    valid: Tensor | None = None,
+    *,
+    power: int = 1,
+    per_visible: bool = False,
+) -> Tensor:
+    """Power mean of the attention probability that the last queries of a sequence give to each key.
+
+    With p(i, j) the causal softmax of query i over the keys, key j scores (sum of p(i, j)^power / n(j))^(1/power); the
+    sum runs over the queries, and over the query heads of a KV head, and n(j) counts its terms.
+
+    Args:
+        query: (B, Hq, W, D), the queries of the last W of the K tokens, in order.
+        key: (B, Hkv, K, D), Hq a multiple of Hkv; query head h reads KV head h // (Hq // Hkv).
+        scaling: factor of the logits.
+        valid: (B, K) bool, False for keys that are padding or empty slots; None means that all are real.
+            Queries of invalid tokens do not count.
+        power: 1 for the mean, 2 for the root mean square.
+        per_visible: let n(j) count only the queries that can see key j, so that the newest keys, which few queries can
+            see, are not scored lower for it. False: n(j) is the number of queries for all keys.
+
+    Returns:
+        (B, Hkv, K) float32.
+    """
+    batch, heads, window, _ = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    groups = heads // kv_heads
+    grouped = query.reshape(batch, kv_heads, groups, window, -1)
+    wide_key = key.unsqueeze(2).transpose(-1, -2)  # (B, Hkv, 1, D, K)
+    column = torch.arange(keys, device=key.device)
+    total = torch.zeros(batch, kv_heads, keys, dtype=torch.float32, device=key.device)
+    for start in range(0, window, _BLOCK):
+        block = grouped[..., start : start + _BLOCK, :]
+        row = keys - window + start + torch.arange(block.shape[-2], device=key.device)
+        seen = column <= row[:, None]  # (W, K)
+        if valid is not None:
+            seen = seen & valid[:, None, None, None, :]
+        # Scaled before the product: float16 ends at 65504, which raw products of large keys can pass.
+        logits = ((block * scaling) @ wide_key).float()
+        probability = logits.masked_fill(~seen, float("-inf")).softmax(-1)  # (B, Hkv, G, W, K)
+        if valid is not None:
+            counted = valid[:, None, None, row, None]  # padding queries see nothing: their softmax is NaN
+            probability = torch.where(counted, probability, 0.0)
+        total += probability.pow(power).sum((2, 3))
+    mean = total / (groups * _terms(valid, keys, window, per_visible, key.device))
+    return mean if power == 1 else mean.pow(1 / power)
+
+
+def _terms(valid: Tensor | None, keys: int, window: int, per_visible: bool, device: torch.device) -> Tensor:
+    """How many queries each key's sum runs over, broadcastable to (B, Hkv, K); at least 1."""
+    if valid is None:
+        counted = torch.full((1, 1, keys), window, device=device)
+        return counted.minimum(keys - torch.arange(keys, device=device)) if per_visible else counted
+    asking = valid.clone()
+    asking[:, : keys - window] = False
+    after = asking.flip(-1).cumsum(-1).flip(-1)  # queries at or behind each key
+    return (after if per_visible else after[:, :1])[:, None].clamp(min=1)
