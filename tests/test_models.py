@@ -107,7 +107,7 @@ def test_tokens_of_a_recall_text_are_those_of_its_parts(shipped, task):
     for example in make_examples(task, n=5, tokens=512, count_tokens=lambda text: len(encode(text)), seed=0):
         for probe in example.probes:
             parts = [example.context, probe.question, probe.answer]
-            assert encode("".join(parts)) == sum((encode(part) for part in parts), [])
+            assert encode("".join(parts)) == [token for part in parts for token in encode(part)]
 
 
 def test_perplexity_of_a_fixed_text(shipped):
