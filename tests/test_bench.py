@@ -160,9 +160,11 @@ def test_a_corpus_asked_for_by_name_must_be_there(tmp_path, monkeypatch):
 
 
 def test_ablations_are_every_other_method_and_slope_at_the_same_amount():
-    names = [(c.method, c.keep, c.beta, c.recent_tokens) for c in _ablations(CONFIG)]
+    names = [(c.method, c.keep, c.beta, c.recent) for c in _ablations(CONFIG)]
     assert names == [
         ("snapkv", 0.5, 20.0, 8),
+        ("rms", 0.5, 20.0, 8),
+        ("auto", None, 20.0, 8),
         ("h2o", 0.5, 20.0, 8),
         ("streamingllm", 0.5, 20.0, 8),
         ("knorm", 0.5, 20.0, 8),

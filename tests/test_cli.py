@@ -109,7 +109,7 @@ def test_usage_errors(arguments):
     [
         (("plan", "pythia-70m", "--method", "snapk"), "did you mean 'snapkv'"),
         (("plan", "pythia-70m", "--keep", "1.5"), "keep=1.5: must be a share"),
-        (("plan", "pythia-70m", "--keep", "0.5", "--budget", "99"), "exactly one of budget, keep and bytes"),
+        (("plan", "pythia-70m", "--keep", "0.5", "--budget", "99"), "exactly one of budget, keep, share, bytes"),
         (("plan", "pythia-70m", "--method", "full", "-k", "0.5"), "takes no amount"),
         (("plan", "pythia-70m", "--memory", "8X"), "memory='8X'"),
         (("plan", "pythia-70m", "--dtype", "fp8"), "dtype='fp8'"),

@@ -13,8 +13,8 @@ BAD = [
     ({"method": "snapk", "budget": 64}, r"method='snapk': .*did you mean 'snapkv'.*pyramidkv"),
     ({"method": 3, "budget": 64}, r"method=3: .*pyramidkv"),
     ({"method": ["snapkv"], "budget": 64}, r"method=\['snapkv'\]: .*pyramidkv"),
-    ({}, "exactly one of budget, keep and bytes; got none"),
-    ({"budget": 64, "keep": 0.5}, "exactly one of budget, keep and bytes; got budget, keep"),
+    ({}, "exactly one of budget, keep, share, bytes; got none"),
+    ({"budget": 64, "keep": 0.5}, "exactly one of budget, keep, share, bytes; got budget, keep"),
     ({"budget": 64, "keep": 0.5, "bytes": 10**9}, "got budget, keep, bytes"),
     ({"method": "full", "budget": 64}, "budget=64: method='full' keeps everything"),
     ({"method": "full", "keep": 0.5}, "keep=0.5: method='full' keeps everything"),
@@ -93,8 +93,8 @@ def test_a_config_cannot_be_changed():
 
 
 def test_recent_is_the_window_unless_said_otherwise():
-    assert (CompressionConfig(budget=64).recent_tokens, CompressionConfig(budget=64).floor) == (32, 33)
-    assert (CompressionConfig(budget=64, recent=5).recent_tokens, CompressionConfig(budget=64, recent=0).floor) == (
+    assert (CompressionConfig(budget=64).recent, CompressionConfig(budget=64).floor) == (32, 33)
+    assert (CompressionConfig(budget=64, recent=5).recent, CompressionConfig(budget=64, recent=0).floor) == (
         5,
         1,
     )

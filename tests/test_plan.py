@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from families import config, model, padded_batch
 from pyramidkv import CompressionConfig, ConfigError, PyramidKVCache
-from pyramidkv.plan import Plan, slot_bytes
+from pyramidkv.plan import Plan
 from pyramidkv.shape import CacheShape, LayerShape, cache_shape
+from pyramidkv.storage import Spec
 
 SHAPE = CacheShape("llama", tuple(LayerShape(2, 32, None) for _ in range(4)))
 MIXED = CacheShape(
@@ -41,7 +42,7 @@ def test_full_keeps_everything():
 
 
 def test_bytes_of_a_slot_are_its_key_its_value_and_its_position():
-    assert slot_bytes(2, 32, 2) == 2 * (2 * 32 * 2 + 4)
+    assert Spec(1, 2, 32, 32, 2).slot_bytes == 2 * (2 * 32 * 2 + 4)
 
 
 def test_bytes_are_counted_by_hand():
@@ -89,7 +90,10 @@ def test_planned_bytes_are_never_passed_and_nearly_used(shape, method, bytes_, t
     if any(b < tokens for b in budgets):
         layer = shape.layers[shape.compressed[0]]
         windows = sum(1 for x in shape.layers if x.sliding_window) * 8 * 2 * 16 * itemsize * batch
-        assert bytes_ - used < windows + batch * slot_bytes(layer.kv_heads, layer.head_dim, itemsize)
+        assert (
+            bytes_ - used
+            < windows + batch * Spec(1, layer.kv_heads, layer.head_dim, layer.head_dim, itemsize).slot_bytes
+        )
 
 
 def real_bytes(cache):
@@ -142,7 +146,7 @@ def test_any_padded_batch_stays_within_its_bytes(lengths, factor, window, beta):
     plain = model("gemma3-2-2-64")
     plain.set_attn_implementation("pyramidkv")
     ids, mask, positions = padded_batch(lengths)
-    least = len(lengths) * (2 * 2 * 64 * 4 * 16 + 3 * (window + 1 + 5) * slot_bytes(2, 64, 4))
+    least = len(lengths) * (2 * 2 * 64 * 4 * 16 + 3 * (window + 1 + 5) * Spec(1, 2, 64, 64, 4).slot_bytes)
     limit = int(least * factor)
     cache = PyramidKVCache(plain.config, bytes=limit, window=window, room=5, beta=beta)
     plain(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)

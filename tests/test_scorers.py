@@ -20,7 +20,7 @@ def observation(query=None, key=None, valid=None, positions=None, layer=0):
 
 
 def score(method, seen, **options):
-    amount = {"window": 2, "kernel": 1, "budget": 4} | options
+    amount = {"window": 2, "recent": 2, "kernel": 1, "budget": 4} | options
     config = CompressionConfig(method=method, **amount)
     return METHODS[method].scorer(config).score(seen)
 

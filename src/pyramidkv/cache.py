@@ -23,6 +23,7 @@ from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError, UnsupportedError
 from pyramidkv.ops.attention import attention
 from pyramidkv.ops.select import select
+from pyramidkv.packed import PackedStorage
 from pyramidkv.plan import Plan, limits
 from pyramidkv.scorers import METHODS, Observation, Scorer
 from pyramidkv.shape import cache_shape
@@ -63,7 +64,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.rank = rank  # index among the compressed layers
         self.plan = plan
         self.scorer = scorer
-        self.storage: Storage | None = None
+        self.storage: Storage | PackedStorage | None = None
         self.seen = 0  # columns seen, padding included: what transformers means by length
         self.counts: list[int] = []  # real tokens seen of each row
         self.held: list[int] = []  # real tokens stored of each row
@@ -79,10 +80,10 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         elif key_states.shape[2] == 1:
             self._check(key_states)
             self.storage.append(key_states, value_states, self._columns(1, key_states.device), self._room)
-            keys, values = self.storage.view()
+            keys, values = self.storage.view(key_states.dtype)
         else:
             self._check(key_states)
-            past = self.storage.view()
+            past = self.storage.view(key_states.dtype)
             keys = torch.cat([past[0], key_states], dim=2)
             values = torch.cat([past[1], value_states], dim=2)
         keys.pyramidkv_layer = self  # type: ignore[attr-defined]
@@ -178,15 +179,13 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def usage(self) -> LayerUsage:
         """What this layer holds."""
-        full = 0
-        if self.storage is not None:
-            keys, values = self.storage.keys, self.storage.values
-            full = len(self.counts) * keys.shape[1] * self.seen * (keys.shape[-1] + values.shape[-1]) * keys.itemsize
+        full = 0 if self.storage is None else self.storage.spec.token_bytes * self.seen
         return LayerUsage(
             layer=self.layer,
             compressed=True,
             seen_tokens=max(self.counts, default=0),
             kept_tokens=max(self.held, default=0),
+            packed=isinstance(self.storage, PackedStorage),
             kv_bytes=0 if self.storage is None else self.storage.nbytes,
             full_kv_bytes=full,
         )
@@ -194,12 +193,12 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
     def _check(self, key_states: Tensor) -> None:
         """Raise if the new keys do not go with those stored."""
         assert self.storage is not None
-        old, new = self.storage.keys, key_states
+        old, (rows, heads, _, width) = self.storage.spec, key_states.shape
         for what, had, has in (
-            ("rows", old.shape[0], new.shape[0]),
-            ("KV heads", old.shape[1], new.shape[1]),
-            ("channels a head", old.shape[3], new.shape[3]),
-            ("as dtype", old.dtype, new.dtype),
+            ("rows", old.rows, rows),
+            ("KV heads", old.heads, heads),
+            ("channels a head", old.key_width, width),
+            ("as dtype", self.storage.dtype, self._stored_as(key_states)),
         ):
             if had != has:
                 raise ConfigError(
@@ -235,8 +234,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._appends(queries):
             assert self.storage is not None
             if new.valid is not None:
-                self.storage.padded = True
-                self.storage.positions[:, :, self.storage.length - 1].masked_fill_(~new.valid, -1)
+                self.storage.hide_newest(~new.valid[:, 0])
                 pad = -(~new.valid).int()[:, None]
                 self.offset = pad if self.offset is None else self.offset + pad
             return self.storage.valid()
@@ -259,13 +257,13 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         positions = self._positions(new, query.shape[2], heads, key.device)
         if self.storage is not None:
             positions = torch.cat([self.storage.positions[:, :, : self.storage.length], positions], dim=2)
-        allowed = limits(self.plan, self.rank, self.counts, itemsize=key.itemsize)
+        allowed = limits(self.plan, self.rank, self.counts, itemsize=self._stored_as(key).itemsize)
         self.held = [min(n, limit) for n, limit in zip(self.held, allowed, strict=True)]
         width = max(self.held)
         padded = min(self.held) < width
         self.storage = None  # the old buffer may go before the new one is made
         if width == slots and not padded:
-            self.storage = Storage.whole(key, value, positions, self._room)
+            self._keep(Storage.whole(key, value, positions, self._spare, self._stored_as(key)))
             return
         if self.scorer is None:
             scores = positions.float()  # nothing is dropped but padding: any finite score will do
@@ -278,14 +276,34 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
                 )
         worst = torch.finfo(torch.float32).min
         scores = scores.float().nan_to_num(nan=worst, neginf=worst, posinf=-worst)
-        recent = self.plan.config.recent_tokens
+        recent = self.plan.config.recent
         if valid is None:
             scores[..., max(slots - recent, 0) :] = float("inf")
         else:  # counted from each row's own end: there may be padding among the last slots
             newest = valid.flip(-1).cumsum(-1).flip(-1) <= recent
             scores = scores.masked_fill(newest[:, None], float("inf")).masked_fill(~valid[:, None], float("-inf"))
         index = select(scores, self.held, width)
-        self.storage = Storage.gather(key, value, positions, index, self._room, padded)
+        self._keep(Storage.gather(key, value, positions, index, self._spare, padded, self._stored_as(key)))
+
+    def _stored_as(self, like: Tensor) -> torch.dtype:
+        name = self.plan.config.kv_dtype
+        dtype: torch.dtype = like.dtype if name == "auto" else getattr(torch, name)
+        return dtype
+
+    @property
+    def _spare(self) -> int:
+        """Free slots of a new buffer; packing makes one of its own."""
+        return self._room if self.plan.config.bits == 16 else 0
+
+    def _keep(self, storage: Storage) -> None:
+        config = self.plan.config
+        if config.bits == 16:
+            self.storage = storage
+            return
+        tokens = max(self.counts)
+        self.storage = PackedStorage.pack(
+            storage, bits=config.bits, recent=config.recent, tokens=tokens, room=config.room
+        )
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
@@ -362,7 +380,9 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
             tensors = [t for t in (layer.keys, layer.values) if t is not None]
             size = sum(t.untyped_storage().nbytes() for t in tensors)
             kept = tensors[0].shape[2] if tensors else 0
-            usage.append(LayerUsage(index, False, layer.get_seq_length(), kept, size, sum(t.nbytes for t in tensors)))
+            usage.append(
+                LayerUsage(index, False, layer.get_seq_length(), kept, False, size, sum(t.nbytes for t in tensors))
+            )
         return CacheUsage(self.config.method, tuple(usage))
 
     def fork(self) -> PyramidKVCache:

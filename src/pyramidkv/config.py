@@ -12,6 +12,9 @@ from typing import Any
 
 from pyramidkv.errors import ConfigError
 
+AMOUNTS = ("budget", "keep", "share", "bytes")
+BITS = (16, 8, 4)
+KV_DTYPES = ("auto", "float32", "float16", "bfloat16")
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -19,34 +22,45 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 class CompressionConfig:
     """What to keep of a prompt's keys and values.
 
-    Exactly one of `budget`, `keep` and `bytes` says how much; `method="full"` takes none of them.
+    Exactly one of `budget`, `keep`, `share` and `bytes` says how much; `method="full"` takes none of them. Settings
+    left out have the method's own values; once made, a config holds the values in force.
 
     Args:
         method: which scorer and layer schedule to use; `pyramidkv.methods()` lists them.
         budget: tokens kept per layer and KV head, averaged over the layers.
         keep: share of the prompt's tokens kept, in (0, 1]. Never fewer than `recent` + 1 tokens per layer.
+        share: share of the bytes of the full cache, in (0, 1]; with fewer `bits`, more tokens fit into it.
         bytes: bytes of the whole cache, room for new tokens included; a number or a text such as "1GiB", "800MB".
-        window: observation queries: how many of the last queries of a forward are asked what they attend to.
-        recent: newest tokens that every method keeps. Default: `window`.
+        window: observation queries: how many of the last queries of a forward are asked what they attend to. 32 for
+            most methods, 1024 for "rms" and "auto".
+        recent: newest tokens that every method keeps, never in fewer bits. As many as `window`, but at most 32 for
+            "rms" and "auto".
         kernel: width in tokens of the pooling over scores (SnapKV, arXiv 2404.14469, section 4.2); odd; 1 turns it off.
+            5 for most methods, 1 for "rms" and "auto".
         pooling: "avg" or "max".
         beta: slope of the pyramid (PyramidKV, section 4.2); 1 is uniform, larger is steeper.
         sinks: first tokens kept by "streamingllm" (arXiv 2309.17453).
         seed: of "random".
+        bits: of a stored number: 16 stores it in `kv_dtype`; 8 or 4 store codes, keys scaled per channel over
+            groups of 64 tokens, values per token (KIVI, arXiv 2402.02750). 4 for "auto".
+        kv_dtype: of what is stored: "auto" (as the model computes), "float32", "float16" or "bfloat16".
         room: slots for new tokens allocated beside the kept ones; a layer grows by as many when they are used up.
     """
 
     method: str = "pyramidkv"
     budget: int | None = None
     keep: float | None = None
+    share: float | None = None
     bytes: int | str | None = None
-    window: int = 32
-    recent: int | None = None
-    kernel: int = 5
+    window: int = None  # type: ignore[assignment]  # the method's own
+    recent: int = None  # type: ignore[assignment]  # the method's own
+    kernel: int = None  # type: ignore[assignment]  # the method's own
     pooling: str = "avg"
     beta: float = 20.0
     sinks: int = 4
     seed: int = 0
+    bits: int = None  # type: ignore[assignment]  # the method's own
+    kv_dtype: str = "auto"
     room: int = 128
 
     def __post_init__(self) -> None:
@@ -55,7 +69,8 @@ class CompressionConfig:
 
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise ConfigError(f"method={self.method!r}: {unknown(self.method, METHODS)}")
-        amounts = {"budget": self.budget, "keep": self.keep, "bytes": self.bytes}
+        self._fill()
+        amounts = {name: getattr(self, name) for name in AMOUNTS}
         given = [name for name, value in amounts.items() if value is not None]
         if self.method == "full":
             if given:
@@ -63,19 +78,25 @@ class CompressionConfig:
                     f"{given[0]}={amounts[given[0]]!r}: method='full' keeps everything and takes no amount"
                 )
         elif len(given) != 1:
-            raise ConfigError(f"give exactly one of budget, keep and bytes; got {', '.join(given) or 'none'}")
-        for name, least in (("window", 1), ("kernel", 1), ("sinks", 0), ("seed", 0), ("room", 1)):
+            raise ConfigError(f"give exactly one of {', '.join(AMOUNTS)}; got {', '.join(given) or 'none'}")
+        for name, least in (("window", 1), ("recent", 0), ("kernel", 1), ("sinks", 0), ("seed", 0), ("room", 1)):
             _integer(name, getattr(self, name), least)
-        if self.recent is not None:
-            _integer("recent", self.recent, 0)
+        if self.bits not in BITS or isinstance(self.bits, bool):
+            raise ConfigError(f"bits={self.bits!r}: must be one of {', '.join(map(str, BITS))}")
+        if self.method == "full" and self.bits != 16:
+            raise ConfigError(f"bits={self.bits}: method='full' stores what the model computes; use keep=1.0 instead")
         if self.kernel % 2 == 0:
             raise ConfigError(f"kernel={self.kernel}: must be odd, so that a pooled score stays at its token")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ConfigError(f"kv_dtype={self.kv_dtype!r}: {unknown(self.kv_dtype, KV_DTYPES)}")
         if self.pooling not in ("avg", "max"):
             raise ConfigError(f"pooling={self.pooling!r}: {unknown(self.pooling, ('avg', 'max'))}")
         if not _number(self.beta) or not 1 <= self.beta < math.inf:
             raise ConfigError(f"beta={self.beta!r}: must be 1 (uniform) or more")
-        if self.keep is not None and (not _number(self.keep) or not 0 < self.keep <= 1):
-            raise ConfigError(f"keep={self.keep!r}: must be a share of the prompt, above 0 and at most 1")
+        for name, of in (("keep", "prompt's tokens"), ("share", "full cache's bytes")):
+            value = getattr(self, name)
+            if value is not None and (not _number(value) or not 0 < value <= 1):
+                raise ConfigError(f"{name}={value!r}: must be a share of the {of}, above 0 and at most 1")
         if self.bytes is not None:
             object.__setattr__(self, "bytes", parse_bytes("bytes", self.bytes))
         if self.budget is not None:
@@ -83,7 +104,7 @@ class CompressionConfig:
             if self.budget < self.floor:
                 raise ConfigError(
                     f"budget={self.budget}: must be at least {self.floor} tokens per layer "
-                    f"(recent={self.recent_tokens} are always kept, and one more); lower recent or window to go below"
+                    f"(recent={self.recent} are always kept, and one more); lower recent or window to go below"
                 )
 
     @classmethod
@@ -96,19 +117,36 @@ class CompressionConfig:
         return cls(**options)
 
     @property
-    def recent_tokens(self) -> int:
-        """Newest tokens that are always kept."""
-        return self.window if self.recent is None else self.recent
-
-    @property
     def floor(self) -> int:
         """The fewest tokens that a layer may keep."""
-        return self.recent_tokens + 1
+        return self.recent + 1
+
+    @property
+    def amount(self) -> dict[str, Any]:
+        """How much is kept, as the one option that says it; empty for "full"."""
+        return {name: getattr(self, name) for name in AMOUNTS if getattr(self, name) is not None}
 
     def describe(self) -> str:
-        """The settings that differ from the defaults, as `name=value`; the amount first."""
-        shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "method"}
-        return " ".join(f"{k}={v}" for k, v in shown.items() if v != type(self).__dataclass_fields__[k].default)
+        """The settings that differ from the method's own, as `name=value`; the amount first."""
+        own = {f.name: f.default for f in dataclasses.fields(self)} | self._own()
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "method"}
+        return " ".join(f"{name}={value}" for name, value in values.items() if value != own[name])
+
+    def _own(self) -> dict[str, Any]:
+        """The method's own values of the settings that depend on it."""
+        from pyramidkv.scorers import METHODS
+
+        method = METHODS[self.method]
+        recent = self.window
+        if method.recent is not None and isinstance(recent, int):
+            recent = min(method.recent, recent)
+        return {"window": method.window, "kernel": method.kernel, "bits": method.bits, "recent": recent}
+
+    def _fill(self) -> None:
+        """Put the method's own values where none were given."""
+        for name in ("window", "kernel", "bits", "recent"):  # the last may depend on the first
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self._own()[name])
 
 
 def unknown(name: object, allowed: Any) -> str:

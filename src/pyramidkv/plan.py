@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 from pyramidkv.budget import layer_budgets, total_for_share
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError
+from pyramidkv.packed import packed_bytes
 from pyramidkv.scorers import METHODS
 from pyramidkv.shape import CacheShape
-
-POSITION_BYTES = 4  # int32
-
-
-def slot_bytes(kv_heads: int, head_dim: int, itemsize: int) -> int:
-    """Bytes of one slot of one row of a layer, over all KV heads: key, value and position."""
-    return kv_heads * (2 * head_dim * itemsize + POSITION_BYTES)
+from pyramidkv.storage import Spec
 
 
 class Plan:
@@ -25,79 +22,109 @@ class Plan:
         self.config = config
         self.shape = shape
         self.schedule = METHODS[config.method].schedule
+        self._affordable: dict[tuple[int, int, int], tuple[int, ...]] = {}
 
     def budgets(self, tokens: int, *, batch: int = 1, itemsize: int = 2) -> tuple[int, ...]:
         """Tokens that each compressed layer may hold for a row of `tokens` real tokens, bottom layer first."""
-        config, layers = self.config, len(self.shape.compressed)
+        config = self.config
+        if not config.amount:
+            return (tokens,) * self._layers
         if config.keep is not None:
-            total = max(total_for_share(config.keep, layers=layers, prompt=tokens), layers * config.floor)
-        elif config.budget is not None:
-            total = layers * config.budget
-        elif config.bytes is not None:
-            total = self._affordable(batch, itemsize)
-        else:
-            return (tokens,) * layers
-        return layer_budgets(
-            self.schedule,
-            layers=layers,
-            total=total,
-            prompt=tokens,
-            window=config.recent_tokens,
-            least=config.floor,
-            beta=config.beta,
-        )
+            least = self._layers * config.floor
+            return self._split(max(total_for_share(config.keep, layers=self._layers, prompt=tokens), least), tokens)
+        if config.budget is not None:
+            return self._split(self._layers * config.budget, tokens)
+        key = (tokens, batch, itemsize)
+        if key not in self._affordable:
+            self._affordable[key] = self._afford(*key)
+        return self._affordable[key]
 
     def kv_bytes(self, tokens: int, *, batch: int = 1, itemsize: int = 2) -> int:
         """Bytes that the cache holds after a prompt of `tokens` tokens a row: every storage, room included."""
         budgets = self.budgets(tokens, batch=batch, itemsize=itemsize)
-        compressed = sum(
-            (kept + self.config.room) * self._slot(layer, itemsize)
-            for layer, kept in zip(self.shape.compressed, budgets, strict=True)
-        )
-        return batch * (compressed + self._sliding_bytes(tokens, itemsize))
+        return self._bytes_of(budgets, tokens, batch, itemsize) + self._sliding_bytes(tokens, batch, itemsize)
 
     def full_bytes(self, tokens: int, *, batch: int = 1, itemsize: int = 2) -> int:
         """Bytes of the keys and values of an uncompressed cache after a prompt of `tokens` tokens a row."""
-        full = sum(
-            2 * layer.kv_heads * layer.head_dim * itemsize * tokens
-            for layer in self.shape.layers
-            if layer.sliding_window is None
-        )
-        return batch * (full + self._sliding_bytes(tokens, itemsize))
+        full = sum(self._spec(layer, batch, itemsize).token_bytes for layer in self.shape.compressed)
+        return full * tokens + self._sliding_bytes(tokens, batch, itemsize)
 
-    def _affordable(self, batch: int, itemsize: int) -> int:
-        """Tokens over all compressed layers that `bytes` pays for, of each row."""
-        config, compressed = self.config, self.shape.compressed
-        assert isinstance(config.bytes, int)
-        slots = [self._slot(layer, itemsize) for layer in compressed]
-        # A sliding layer takes its whole window, as it does once it has decoded: not what a short prompt needs today.
-        fixed = batch * (self._sliding_bytes(None, itemsize) + config.room * sum(slots))
-        total = (config.bytes - fixed) // (batch * max(slots))
-        if total < len(compressed) * config.floor:
-            least = fixed + batch * len(compressed) * config.floor * max(slots)
+    @property
+    def _layers(self) -> int:
+        return len(self.shape.compressed)
+
+    def _split(self, total: int, tokens: int) -> tuple[int, ...]:
+        config = self.config
+        return layer_budgets(
+            self.schedule,
+            layers=self._layers,
+            total=total,
+            prompt=tokens,
+            window=config.recent,
+            least=config.floor,
+            beta=config.beta,
+        )
+
+    def _afford(self, tokens: int, batch: int, itemsize: int) -> tuple[int, ...]:
+        """The largest budgets that `share` or `bytes` pays for, of each row."""
+        config = self.config
+        if config.share is not None:
+            # Of this row's own full cache; its part of the batch's sliding layers is the same in both.
+            batch = 1
+            limit = math.floor(Fraction(str(config.share)) * self.full_bytes(tokens, itemsize=itemsize))
+            fixed = self._sliding_bytes(tokens, batch, itemsize)
+        else:
+            assert isinstance(config.bytes, int)
+            limit = config.bytes
+            # A sliding layer takes its whole window, as it does once it has decoded: not what a short prompt needs.
+            fixed = self._sliding_bytes(None, batch, itemsize)
+        high = self._layers * tokens
+        low = min(self._layers * config.floor, high)
+        least = fixed + self._bytes_of(self._split(low, tokens), tokens, batch, itemsize)
+        if least > limit and config.bytes is not None:
             raise ConfigError(
                 f"bytes={config.bytes}: a batch of {batch} needs at least {least} bytes on this model "
-                f"({config.floor} tokens and room={config.room} in each of {len(compressed)} layers)"
+                f"({config.floor} tokens and room={config.room} in each of {self._layers} layers)"
             )
-        return total
+        while low < high:  # the largest total that fits; a share below the floor is the floor, as with `keep`
+            middle = (low + high + 1) // 2
+            if fixed + self._bytes_of(self._split(middle, tokens), tokens, batch, itemsize) <= limit:
+                low = middle
+            else:
+                high = middle - 1
+        return self._split(low, tokens)
 
-    def _slot(self, layer: int, itemsize: int) -> int:
+    def _bytes_of(self, budgets: Sequence[int], tokens: int, batch: int, itemsize: int) -> int:
+        config = self.config
+        return sum(
+            packed_bytes(
+                self._spec(layer, batch, itemsize),
+                kept,
+                bits=config.bits,
+                recent=config.recent,
+                tokens=tokens,
+                room=config.room,
+            )
+            for layer, kept in zip(self.shape.compressed, budgets, strict=True)
+        )
+
+    def _spec(self, layer: int, batch: int, itemsize: int) -> Spec:
         shape = self.shape.layers[layer]
-        return slot_bytes(shape.kv_heads, shape.head_dim, itemsize)
+        return Spec(batch, shape.kv_heads, shape.head_dim, shape.head_dim, itemsize)
 
-    def _sliding_bytes(self, tokens: int | None, itemsize: int) -> int:
+    def _sliding_bytes(self, tokens: int | None, batch: int, itemsize: int) -> int:
         total = 0
         for layer in self.shape.layers:
             if layer.sliding_window is not None:
                 held = layer.sliding_window if tokens is None else min(tokens, layer.sliding_window - 1)
                 total += 2 * layer.kv_heads * layer.head_dim * itemsize * held
-        return total
+        return batch * total
 
 
 def limits(plan: Plan, rank: int, counts: Sequence[int], *, itemsize: int) -> list[int]:
     """Tokens that the compressed layer number `rank` may hold of each row; `counts` are the rows' real tokens."""
     allowed = [plan.budgets(n, batch=len(counts), itemsize=itemsize)[rank] for n in counts]
-    if plan.config.bytes is None:
+    if plan.config.bytes is None and plan.config.share is None:
         return allowed
     # A short row, clamped below, may ask for more in an upper layer than the longest does; every row has as many slots
     # as the widest, and the bytes pay for those of the longest row.

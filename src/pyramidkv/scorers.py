@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -55,16 +55,25 @@ class Method:
     schedule: str
     scorer: Callable[[CompressionConfig], Scorer] | None
     summary: str
+    # Its own values of settings that a user may leave out; see `CompressionConfig`.
+    window: int = 32
+    recent: int | None = None  # None: as many as `window`
+    kernel: int = 5
+    bits: int = 16
 
 
 METHODS: dict[str, Method] = {"full": Method("full", "uniform", None, "keep everything: the baseline")}
 
 
-def register(name: str, *, schedule: str = "uniform") -> Callable[[type[Scorer]], type[Scorer]]:
-    """Make a scorer available as `method=name`, with layer budgets by `schedule` ("uniform" or "pyramid")."""
+def register(name: str, *, schedule: str = "uniform", **settings: Any) -> Callable[[type[Scorer]], type[Scorer]]:
+    """Make a scorer available as `method=name`, with layer budgets by `schedule` ("uniform" or "pyramid").
+
+    `settings` are the method's own values of `window`, `recent`, `kernel` and `bits`, where they differ from the usual.
+    """
 
     def add(scorer: type[Scorer]) -> type[Scorer]:
-        METHODS[name] = Method(name, schedule, scorer, (scorer.__doc__ or "").strip().split("\n")[0])
+        summary = (scorer.__doc__ or "").strip().split("\n")[0]
+        METHODS[name] = Method(name, schedule, scorer, summary, **settings)
         return scorer
 
     return add
@@ -77,8 +86,8 @@ class WindowScorer(Scorer):
 
     def score(self, seen: Observation) -> Tensor:
         window = min(self.config.window, seen.query.shape[2])
-        scores = window_scores(seen.query[:, :, -window:], seen.key, seen.scaling, seen.valid)
-        if seen.valid is None:
+        scores = self._attention(seen.query[:, :, -window:], seen)
+        if seen.valid is None or self.config.kernel == 1:
             return self._pooled(scores, None)
         # Padding between two turns must not part neighbours: all empty slots to the front, and back after the pooling.
         order = seen.valid.int().argsort(dim=-1, stable=True)
@@ -86,12 +95,24 @@ class WindowScorer(Scorer):
         wide = order[:, None].expand_as(scores)
         return torch.empty_like(scores).scatter_(2, wide, self._pooled(scores.gather(2, wide), valid))
 
+    def _attention(self, query: Tensor, seen: Observation) -> Tensor:
+        return window_scores(query, seen.key, seen.scaling, seen.valid)
+
     def _pooled(self, scores: Tensor, valid: Tensor | None) -> Tensor:
         # The newest tokens are kept anyway; their high scores must not lift their neighbours.
-        old = max(scores.shape[-1] - self.config.recent_tokens, 0)
+        old = max(scores.shape[-1] - self.config.recent, 0)
         valid = None if valid is None else valid[..., :old]
         scores[..., :old] = pool(scores[..., :old], self.config.kernel, self.config.pooling, valid)
         return scores
+
+
+@register("auto", window=1024, recent=32, kernel=1, bits=4)
+@register("rms", window=1024, recent=32, kernel=1)
+class WideWindowScorer(WindowScorer):
+    """Root mean square attention from the last `window` queries, over those that can see a key."""
+
+    def _attention(self, query: Tensor, seen: Observation) -> Tensor:
+        return window_scores(query, seen.key, seen.scaling, seen.valid, power=2, per_visible=True)
 
 
 @register("h2o")

@@ -116,7 +116,7 @@ class Session:
         """Let the newest cache go, so that its memory is free before the next is filled; remember what it held."""
         if self._cache is not None and self._cache.get_seq_length() > 0:
             self._usage = self._cache.report()
-            self._evicted |= self._usage.evicted
+            self._evicted |= self._usage.shrunk
         self._cache = None
 
 

@@ -7,8 +7,32 @@ flows through it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+POSITION_BYTES = 4  # int32
+
+
+class Spec(NamedTuple):
+    """What the slots of a layer are: everything about its buffers but their number."""
+
+    rows: int
+    heads: int
+    key_width: int
+    value_width: int
+    itemsize: int  # bytes of a number, unpacked
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of every row in an uncompressed cache."""
+        return self.rows * self.heads * (self.key_width + self.value_width) * self.itemsize
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot of every row: key, value and position."""
+        return self.token_bytes + self.rows * self.heads * POSITION_BYTES
 
 
 class Storage:
@@ -22,37 +46,61 @@ class Storage:
         self.padded = padded  # some slot in use may be empty
 
     @classmethod
-    def allocate(cls, like_key: Tensor, like_value: Tensor, capacity: int, padded: bool) -> Storage:
-        """Empty buffers for rows and heads of `like_key` (B, H, *, D) and `like_value` (B, H, *, Dv)."""
+    def allocate(
+        cls, like_key: Tensor, like_value: Tensor, capacity: int, padded: bool, dtype: torch.dtype | None = None
+    ) -> Storage:
+        """Empty buffers for rows and heads of (B, H, *, D) keys and (B, H, *, Dv) values, in `dtype` or theirs."""
         batch, heads = like_key.shape[:2]
         return cls(
-            like_key.new_empty(batch, heads, capacity, like_key.shape[-1]),
-            like_value.new_empty(batch, heads, capacity, like_value.shape[-1]),
+            like_key.new_empty(batch, heads, capacity, like_key.shape[-1], dtype=dtype),
+            like_value.new_empty(batch, heads, capacity, like_value.shape[-1], dtype=dtype),
             torch.full((batch, heads, capacity), -1, dtype=torch.int32, device=like_key.device),
             0,
             padded,
         )
 
     @classmethod
-    def gather(cls, key: Tensor, value: Tensor, positions: Tensor, index: Tensor, room: int, padded: bool) -> Storage:
+    def gather(
+        cls,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        index: Tensor,
+        room: int,
+        padded: bool,
+        dtype: torch.dtype | None = None,
+    ) -> Storage:
         """The slots `index` (B, H, N), -1 for an empty one, of (B, H, K, *) tensors, and `room` free slots."""
         kept = index.shape[-1]
-        new = cls.allocate(key, value, kept + room, padded)
+        new = cls.allocate(key, value, kept + room, padded, dtype)
         source = index.clamp(min=0)
-        for buffer, tensor in ((new.keys, key), (new.values, value)):
-            torch.gather(
-                tensor.detach(), 2, source[..., None].expand(-1, -1, -1, tensor.shape[-1]), out=buffer[:, :, :kept]
-            )
+        for buffer, tensor in ((new.keys, key.detach()), (new.values, value.detach())):
+            wide = source[..., None].expand(-1, -1, -1, tensor.shape[-1])
+            if buffer.dtype == tensor.dtype:  # straight into the buffer
+                torch.gather(tensor, 2, wide, out=buffer[:, :, :kept])
+            else:
+                buffer[:, :, :kept] = tensor.gather(2, wide)
         new.positions[..., :kept] = positions.gather(2, source).masked_fill(index < 0, -1)
         new.length = kept
         return new
 
     @classmethod
-    def whole(cls, key: Tensor, value: Tensor, positions: Tensor, room: int) -> Storage:
+    def whole(
+        cls, key: Tensor, value: Tensor, positions: Tensor, room: int, dtype: torch.dtype | None = None
+    ) -> Storage:
         """All of (B, H, K, *), and `room` free slots."""
-        new = cls.allocate(key, value, key.shape[2] + room, padded=False)
+        new = cls.allocate(key, value, key.shape[2] + room, padded=False, dtype=dtype)
         new.append(key, value, positions, room)
         return new
+
+    @property
+    def spec(self) -> Spec:
+        rows, heads, _, width = self.keys.shape
+        return Spec(rows, heads, width, self.values.shape[-1], self.keys.itemsize)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys.dtype
 
     @property
     def capacity(self) -> int:
@@ -64,9 +112,10 @@ class Storage:
         """Bytes of the storages behind the buffers, positions included."""
         return sum(t.untyped_storage().nbytes() for t in self._buffers())
 
-    def view(self) -> tuple[Tensor, Tensor]:
-        """The keys and values in use; no copy."""
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+    def view(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """The keys and values in use; no copy, unless `dtype` is another than theirs."""
+        key, value = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        return (key, value) if dtype is None else (key.to(dtype), value.to(dtype))
 
     def valid(self) -> Tensor | None:
         """(B, length) bool, False for empty slots; None when there can be none."""
@@ -81,6 +130,11 @@ class Storage:
         self.values[:, :, self.length : end] = value.detach()
         self.positions[:, :, self.length : end] = positions
         self.length = end
+
+    def hide_newest(self, rows: Tensor) -> None:
+        """Make the newest slot empty in the rows where (B,) bool is True."""
+        self.padded = True
+        self.positions[:, :, self.length - 1].masked_fill_(rows[:, None], -1)
 
     def rows(self, index: Tensor) -> Storage:
         """A copy with the rows `index` (N,), in that order; rows may repeat (beam search) or be left out."""

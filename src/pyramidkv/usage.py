@@ -13,6 +13,7 @@ class LayerUsage:
     compressed: bool  # False: a sliding-window layer, which stays as the model has it
     seen_tokens: int  # padding not counted
     kept_tokens: int  # with the tokens generated since the last eviction
+    packed: bool  # some of them in fewer bits
     kv_bytes: int  # bytes of the storages: keys, values, positions, room for new tokens
     full_kv_bytes: int  # keys and values of every column seen, as an uncompressed cache holds them
 
@@ -43,6 +44,11 @@ class CacheUsage:
     def evicted(self) -> bool:
         """Whether any token was dropped anywhere."""
         return any(layer.kept_tokens < layer.seen_tokens for layer in self.layers if layer.compressed)
+
+    @property
+    def shrunk(self) -> bool:
+        """Whether anything was dropped or packed: False means that compression did not take place."""
+        return self.evicted or any(layer.packed for layer in self.layers)
 
     def __str__(self) -> str:
         head = f"{'layer':>5} {'seen':>7} {'kept':>7} {'bytes':>13} {'full bytes':>13}"

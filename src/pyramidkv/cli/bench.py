@@ -117,8 +117,13 @@ def _ablations(config: CompressionConfig) -> list[CompressionConfig]:
     from pyramidkv.config import CompressionConfig
     from pyramidkv.scorers import METHODS
 
-    shared = {"keep": config.keep, "budget": config.budget, "bytes": config.bytes, "recent": config.recent_tokens}
-    others = [CompressionConfig(method=m, **shared) for m in METHODS if m not in ("full", config.method)]  # type: ignore[arg-type]
+    others = []
+    for name in METHODS:
+        if name not in ("full", config.method):
+            amount = dict(config.amount)
+            if METHODS[name].bits != 16 and "keep" in amount:  # equal bytes: that share of them, not of the tokens
+                amount = {"share": amount["keep"]}
+            others.append(CompressionConfig(method=name, recent=config.recent, **amount))
     slopes = [replace(config, beta=b) for b in (1.0, 2.0) if config.method == "pyramidkv" and b != config.beta]
     return others + slopes
 

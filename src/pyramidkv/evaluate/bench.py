@@ -27,6 +27,7 @@ from pyramidkv.evaluate import perplexity, recall, schema, speed, tasks, texts
 from pyramidkv.evaluate.schema import Layers, Record, Run, Skipped
 from pyramidkv.models.hub import hub_problem
 from pyramidkv.models.source import DEFAULT_MODEL, LoadedModel, load_model
+from pyramidkv.scorers import METHODS
 
 METRICS = ("perplexity", "recall", "speed")
 
@@ -83,7 +84,9 @@ class Settings:
 
 def _check_prompt(name: str, length: int, configs: Sequence[CompressionConfig]) -> None:
     for config in configs:
-        if length <= max(config.floor, config.window - 1):
+        own = METHODS[config.method].window  # is "up to"; a window that was asked for is not
+        least = config.floor if config.window == own else max(config.floor, config.window - 1)
+        if length <= least:
             raise ConfigError(
                 f"{name}={length}: must be longer than window={config.window} and the {config.floor} tokens always kept"
             )

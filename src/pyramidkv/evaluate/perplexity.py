@@ -22,6 +22,7 @@ from pyramidkv.errors import ConfigError, PyramidKVError
 from pyramidkv.evaluate.prefill import prefill
 from pyramidkv.evaluate.schema import Compression, Perplexity
 from pyramidkv.evaluate.texts import Corpus
+from pyramidkv.scorers import METHODS
 from pyramidkv.usage import CacheUsage
 
 FULL = CompressionConfig(method="full")
@@ -38,9 +39,9 @@ def check_lengths(context: int, target: int, configs: Iterable[CompressionConfig
         if context <= config.floor:
             raise ConfigError(
                 f"context={context}: must be longer than the {config.floor} tokens that are always kept "
-                f"(recent={config.recent_tokens} and one more)"
+                f"(recent={config.recent} and one more)"
             )
-        if context < config.window:
+        if context < config.window != METHODS[config.method].window:  # a method's own window is "up to"
             raise ConfigError(f"window={config.window}: must be at most the context of {context} tokens")
         if config.budget is not None and config.budget >= context:
             raise ConfigError(f"budget={config.budget}: must be below the context of {context} tokens")

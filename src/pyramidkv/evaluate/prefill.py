@@ -40,7 +40,7 @@ def prefill(model: Any, ids: Tensor, caches: Sequence[PyramidKVCache], **inputs:
     """Run the prompt (B, T) once and compress it into each of the fresh `caches`; returns the last logits (B, V).
 
     The model must run under the "pyramidkv" attention. Raises `PyramidKVError` if a cache that should compress did
-    not drop a single token: a comparison must not show that as a result.
+    neither drop nor pack a single token: a comparison must not show that as a result.
     """
     shared = PyramidKVCache(model.config, method="full")
     for index, layer in enumerate(shared.layers):
@@ -52,7 +52,7 @@ def prefill(model: Any, ids: Tensor, caches: Sequence[PyramidKVCache], **inputs:
         for index, layer in enumerate(shared.layers):
             if isinstance(layer, DynamicSlidingWindowLayer):
                 cache.layers[index] = copy.deepcopy(layer)
-        if cache.config.method != "full" and not cache.report().evicted:
+        if cache.config.method != "full" and not cache.report().shrunk:
             raise PyramidKVError(
                 f"method={cache.config.method!r} {cache.config.describe()} kept all {ids.shape[1]} tokens: nothing was "
                 "compressed; use a longer prompt or a smaller budget"

@@ -160,7 +160,7 @@ def _generate(model: Any, engine: Engine, ids: Tensor, new_tokens: int) -> _Timi
             kept = Compression("full", "", 1.0, full, full)
         else:
             usage = session.report()
-            if not usage.evicted and engine.config is not None and engine.config.method != "full":
+            if not usage.shrunk and engine.config is not None and engine.config.method != "full":
                 raise PyramidKVError(
                     f"{engine.name} kept all tokens of a prompt of {ids.shape[1]}: nothing was compressed"
                 )

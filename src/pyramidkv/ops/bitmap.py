@@ -1,0 +1,27 @@
+"""Sorted token positions as one bit a token: what remains of them while their keys and values are packed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pack_positions(positions: Tensor, tokens: int) -> Tensor:
+    """(B, H, ceil(tokens / 8)) uint8, a bit set for every position in (B, H, N) int32; negative ones are left out."""
+    rows, heads, _ = positions.shape
+    width = -(-tokens // 8) * 8
+    bits = torch.zeros(rows, heads, width + 1, dtype=torch.uint8, device=positions.device)
+    bits.scatter_(2, positions.long().where(positions >= 0, width), 1)  # the last column is thrown away
+    weight = 2 ** torch.arange(8, dtype=torch.uint8, device=positions.device)
+    return (bits[..., :width].reshape(rows, heads, -1, 8) * weight).sum(-1, dtype=torch.uint8)
+
+
+def unpack_positions(bitmap: Tensor, slots: int) -> Tensor:
+    """(B, H, slots) int32: the set positions in rising order, behind -1 where there are fewer than `slots`."""
+    shift = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
+    bits = ((bitmap[..., None] >> shift) & 1).flatten(2).bool()  # (B, H, tokens)
+    order = torch.arange(bits.shape[2], dtype=torch.int32, device=bitmap.device)
+    found = order.where(bits, -1).sort(dim=-1).values
+    if found.shape[2] < slots:
+        found = torch.nn.functional.pad(found, (slots - found.shape[2], 0), value=-1)
+    return found[..., found.shape[2] - slots :]

@@ -1,0 +1,200 @@
+"""Storage in 8 and 4 bits: codes against a quantiser of loops, bytes against the plan, rows against each other."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pyramidkv
+from families import NAMES, model, padded_batch
+from pyramidkv.ops import bitmap, quantize
+from pyramidkv.packed import PackedStorage
+from pyramidkv.plan import Plan
+from pyramidkv.shape import cache_shape
+from pyramidkv.storage import Storage
+
+
+def rounded(numbers, bits):
+    """Numbers as their group's codes give them back, by the definition: float16 zero point and step, nearest code."""
+    zero = torch.tensor(min(numbers)).half().item()
+    step = max(torch.tensor((max(numbers) - zero) / (2**bits - 1)).half().item(), torch.finfo(torch.float16).tiny)
+    return [zero + step * min(max(round((x - zero) / step), 0), 2**bits - 1) for x in numbers]
+
+
+@pytest.mark.parametrize(("bits", "width"), itertools.product((8, 4), (32, 80, 128)))
+def test_codes_by_hand(bits, width):
+    make = torch.Generator().manual_seed(width)
+    key = torch.randn(2, 3, 128, width, generator=make) * 5 + 3
+    value = torch.randn(2, 3, 128, width, generator=make)
+    keys = quantize.dequantize_keys(quantize.quantize_keys(key, bits), torch.float32)
+    values = quantize.dequantize_values(quantize.quantize_values(value, bits), torch.float32)
+    assert keys.shape == key.shape
+    for b, h, channel, group in ((0, 0, 0, 0), (1, 2, width - 1, 1), (0, 1, width // 2, 1)):
+        tokens = slice(64 * group, 64 * group + 64)
+        by_hand = torch.tensor(rounded(key[b, h, tokens, channel].tolist(), bits))
+        # A number half way between two codes may go either way in float32.
+        assert ((keys[b, h, tokens, channel] - by_hand).abs() < 1e-3).float().mean() > 0.96
+    size = 64 if width == 128 else width
+    for b, h, token in ((0, 0, 0), (1, 2, 127)):
+        by_hand = torch.tensor(rounded(value[b, h, token, -size:].tolist(), bits))
+        assert ((values[b, h, token, -size:] - by_hand).abs() < 1e-3).float().mean() > 0.96
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_errors_stay_within_half_a_step(bits):
+    key = torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(1))
+    packed = quantize.quantize_keys(key, bits)
+    error = (quantize.dequantize_keys(packed, torch.float32) - key).abs()
+    assert (error <= packed.scale.float() * 0.5 + 2e-3).all()
+    assert packed.codes.shape[-1] == 64 * bits // 8
+
+
+def test_empty_slots_widen_no_range():
+    key = torch.randn(1, 1, 64, 32, generator=torch.Generator().manual_seed(2))
+    valid = torch.arange(64).expand(1, 1, 64) >= 20
+    poisoned = key.masked_fill(~valid[..., None], 1e4)
+    alone = quantize.dequantize_keys(quantize.quantize_keys(key, 4, valid), torch.float32)
+    beside = quantize.dequantize_keys(quantize.quantize_keys(poisoned, 4, valid), torch.float32)
+    assert torch.equal(alone[:, :, 20:], beside[:, :, 20:])
+    nothing = quantize.quantize_keys(poisoned, 4, torch.zeros_like(valid))
+    assert quantize.dequantize_keys(nothing, torch.float32).isfinite().all()
+
+
+@given(st.integers(1, 70), st.data())
+def test_positions_survive_the_bitmap(tokens, data):
+    sets = [sorted(data.draw(st.sets(st.integers(0, tokens - 1)))) for _ in range(4)]
+    slots = max(map(len, sets)) + data.draw(st.integers(0, 3))
+    padded = torch.tensor([[-1] * (slots - len(s)) + s for s in sets], dtype=torch.int32).reshape(2, 2, slots)
+    packed = bitmap.pack_positions(padded, tokens)
+    assert packed.shape == (2, 2, math.ceil(tokens / 8))
+    assert torch.equal(bitmap.unpack_positions(packed, slots), padded)
+
+
+def test_the_newest_slots_are_kept_as_they_are():
+    make = torch.Generator().manual_seed(3)
+    key, value = torch.randn(2, 2, 150, 32, generator=make), torch.randn(2, 2, 150, 32, generator=make)
+    positions = torch.arange(0, 300, 2, dtype=torch.int32).expand(2, 2, 150)
+    packed = PackedStorage.pack(Storage.whole(key, value, positions, 0), bits=4, recent=20, tokens=300, room=3)
+    keys, values = packed.view()
+    empty = packed.length - 150
+    assert empty == -130 % 64
+    assert torch.equal(keys[:, :, -20:], key[:, :, -20:])
+    assert torch.equal(values[:, :, -20:], value[:, :, -20:])
+    assert 0 < (keys[:, :, empty:-20] - key[:, :, :-20]).norm() / key.norm() < 0.12
+    assert torch.equal(packed.positions[:, :, empty:], positions)
+    assert packed.valid().sum(1).tolist() == [150, 150]
+    packed.append(key[:, :, :2], value[:, :, :2], torch.full((1, 1, 2), 300, dtype=torch.int32), 3)
+    assert torch.equal(packed.view()[0][:, :, -2:], key[:, :, :2])
+    swapped = packed.rows(torch.tensor([1, 0]))
+    assert torch.equal(swapped.view()[0], packed.view()[0].flip(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_every_family_in_fewer_bits(name):
+    plain = model(name)
+    plain.set_attn_implementation("pyramidkv")
+    ids = torch.randint(3, 101, (2, 200), generator=torch.Generator().manual_seed(4))
+    exact = {}
+    for bits in (16, 8, 4):
+        cache = pyramidkv.PyramidKVCache(plain.config, method="rms", keep=0.9, recent=16, bits=bits, room=5)
+        plain(ids[:, :150], past_key_values=cache)
+        report = [layer for layer in cache.report().layers if layer.compressed]
+        sliding = sum(layer.kv_bytes for layer in cache.report().layers if not layer.compressed)
+        planned = Plan(cache.config, cache_shape(plain.config)).kv_bytes(150, batch=2, itemsize=4)
+        assert sum(layer.kv_bytes for layer in report) + sliding == planned
+        chunk = plain(ids[:, 150:190], past_key_values=cache).logits
+        steps = [plain(ids[:, i : i + 1], past_key_values=cache).logits for i in range(190, 200)]
+        exact[bits] = torch.cat([chunk, *steps], dim=1)
+    for bits, most in ((8, 0.02), (4, 0.25)):
+        error = (exact[bits] - exact[16]).norm() / exact[16].norm()
+        assert 0 < error < most
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_row_is_packed_alone_as_in_a_padded_batch(bits):
+    plain = model("llama-4-2-32")
+    plain.set_attn_implementation("pyramidkv")
+    lengths = (190, 101, 20)
+    ids, mask, positions = padded_batch(lengths)
+    options = {"method": "rms", "keep": 0.7, "recent": 16, "bits": bits}
+    together = pyramidkv.PyramidKVCache(plain.config, **options)
+    plain(ids, attention_mask=mask, position_ids=positions, past_key_values=together)
+    for row, length in enumerate(lengths):
+        alone = pyramidkv.PyramidKVCache(plain.config, **options)
+        plain(ids[row : row + 1, 190 - length :], past_key_values=alone)
+        for one, many in zip(alone.layers, together.layers, strict=True):
+            kept = one.held[0]
+            assert kept == many.held[row]
+            assert torch.equal(one.storage.positions[0, :, -kept:], many.storage.positions[row, :, -kept:])
+            for mine, theirs in zip(one.storage.view(), many.storage.view(), strict=True):
+                close = (mine[0, :, -kept:] - theirs[row, :, -kept:]).abs() < 1e-4
+                assert close.float().mean() > 0.99  # an ulp of the model may move a number to the next code
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["auto", "pyramidkv"])
+@pytest.mark.parametrize("share", [0.3, 0.2])
+def test_a_share_of_the_bytes_is_never_passed_and_nearly_used(method, share):
+    plain = model("qwen2-4-2-64")
+    plain.set_attn_implementation("pyramidkv")
+    cache = pyramidkv.PyramidKVCache(plain.config, method=method, share=share, kv_dtype="float16", room=4)
+    plain(torch.randint(3, 101, (2, 900)), past_key_values=cache)
+    held = cache.report()
+    assert held.full_kv_bytes == 2 * 900 * 3 * 2 * 2 * 64 * 2
+    assert 0.9 * share < held.kv_bytes / held.full_kv_bytes <= share
+    assert held.evicted
+
+
+@torch.no_grad()
+def test_kv_dtype_stores_half_and_computes_as_before():
+    plain = model("gpt_neox-2-2-80")
+    plain.set_attn_implementation("pyramidkv")
+    ids = torch.randint(3, 101, (1, 90))
+    logits = []
+    for kv_dtype in ("auto", "float16"):
+        cache = pyramidkv.PyramidKVCache(plain.config, keep=0.5, window=8, kv_dtype=kv_dtype)
+        plain(ids[:, :70], past_key_values=cache)
+        assert cache.layers[0].storage.dtype == (torch.float32 if kv_dtype == "auto" else torch.float16)
+        logits.append(plain(ids[:, 70:], past_key_values=cache).logits)
+    assert 0 < (logits[0] - logits[1]).abs().max() < 0.05
+
+
+@torch.no_grad()
+def test_packed_caches_generate_in_beams_and_batches():
+    plain = model("llama-4-2-32")
+    ids, mask, _ = padded_batch((150, 120))
+    with pyramidkv.compress(plain, method="auto", keep=0.8, recent=16, room=8) as session:
+        out = plain.generate(ids, attention_mask=mask, max_new_tokens=6, num_beams=3, pad_token_id=0)
+    assert out.shape == (2, 156)
+    assert session.report().kv_bytes < 0.4 * session.report().full_kv_bytes
+
+
+def test_packing_alone_counts_as_compression(recwarn):
+    plain = model("llama-4-2-32")
+    with pyramidkv.compress(plain, method="auto", keep=1.0) as session:
+        plain.generate(padded_batch((150,))[0], max_new_tokens=2, pad_token_id=0)
+    assert not session.report().evicted
+    assert session.report().shrunk
+    assert not [w for w in recwarn if issubclass(w.category, pyramidkv.CompressionWarning)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 3}, "bits=3: must be one of 16, 8, 4"),
+        ({"bits": True}, "bits=True"),
+        ({"kv_dtype": "float8"}, "kv_dtype='float8': unknown"),
+        ({"share": 0.0, "keep": None}, "share=0.0: must be a share of the full cache's bytes"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(pyramidkv.ConfigError) as caught:
+        pyramidkv.CompressionConfig(**{"keep": 0.5, **options})
+    assert message in str(caught.value)
+    with pytest.raises(pyramidkv.ConfigError, match="stores what the model computes"):
+        pyramidkv.CompressionConfig(method="full", bits=4)
