@@ -55,11 +55,11 @@ def window_scores(
             counted = valid[:, None, None, row, None]  # padding queries see nothing: their softmax is NaN
             probability = torch.where(counted, probability, 0.0)
         total += probability.pow(power).sum((2, 3))
-    mean = total / (groups * _terms(valid, keys, window, per_visible, key.device))
+    mean = total / (groups * terms(valid, keys, window, per_visible, key.device))
     return mean if power == 1 else mean.pow(1 / power)
 
 
-def _terms(valid: Tensor | None, keys: int, window: int, per_visible: bool, device: torch.device) -> Tensor:
+def terms(valid: Tensor | None, keys: int, window: int, per_visible: bool, device: torch.device) -> Tensor:
     """How many queries each key's sum runs over, broadcastable to (B, Hkv, K); at least 1."""
     if valid is None:
         counted = torch.full((1, 1, keys), window, device=device)

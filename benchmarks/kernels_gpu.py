@@ -1,0 +1,327 @@
+"""Are the Triton kernels right at real sizes, and how fast are they? One run on one GPU, about two minutes.
+
+    python benchmarks/kernels_gpu.py --out kernels.json [--seconds 140]
+
+Times are those of launches inside a CUDA graph, a layer's worth each, over input sets that together pass the L2 cache.
+Order: correctness, the chosen tiles beside torch, then the other tiles until the seconds are over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import astuple
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from pyramidkv.ops.decode_attention import naive as decode_naive
+from pyramidkv.ops.decode_attention import triton as decode
+from pyramidkv.ops.window_scores import naive as scores_naive
+from pyramidkv.ops.window_scores import triton as scores
+
+BEGAN = time.perf_counter()
+L2 = 50e6  # bytes
+MODELS = {"pythia-2.8b": (32, 32, 80, torch.float16), "llama-8b": (32, 8, 128, torch.bfloat16)}
+DECODE_SIZES = ((1, 1690), (8, 1690), (1, 6272), (8, 6272))  # rows, slots
+LENGTHS = (6144, 32768)
+WINDOWS = (32, 256, 1024)
+ROOM = 30  # free slots of the buffers, as in a cache that grows
+
+SWEEP_LSE = {
+    32: [(32, 64, 4, 3), (32, 128, 4, 2), (32, 128, 4, 3), (32, 128, 8, 3)],
+    1024: [(128, 128, 8, 3, 128), (128, 128, 8, 2, 128), (128, 64, 8, 3), (128, 64, 4, 3, 128), (256, 64, 8, 3, 128),
+           (64, 128, 4, 3, 168)],
+}  # fmt: skip
+SWEEP_SUM = {
+    32: [(32, 128, 4, 2), (32, 64, 4, 2), (32, 256, 8, 2)],
+    1024: [(64, 128, 8, 3, 128), (64, 128, 8, 2, 128), (64, 256, 8, 3, 128), (128, 128, 8, 3, 128),
+           (64, 128, 4, 3), (64, 64, 4, 3)],
+}  # fmt: skip
+# chunk, block, warps, stages, halves, dot
+SWEEP_DECODE = {
+    "pythia-2.8b": [
+        (32, 32, 4, 1, False, False), (64, 64, 4, 1, False, False), (64, 64, 8, 1, False, False),
+        (128, 128, 8, 1, False, False), (32, 32, 2, 1, False, False), (32, 32, 4, 1, True, False),
+        (64, 64, 4, 1, True, False), (128, 32, 4, 2, True, False), (256, 32, 4, 3, True, False),
+        (128, 32, 4, 1, False, False), (64, 64, 4, 1, True, True), (128, 64, 4, 2, True, True),
+        (256, 64, 4, 3, True, True), (256, 128, 8, 2, True, True),
+    ],
+    "llama-8b": [
+        (64, 64, 4, 2, True, True), (64, 64, 4, 1, True, True), (128, 128, 4, 1, True, True),
+        (128, 64, 4, 2, True, True), (256, 64, 4, 3, True, True), (256, 128, 8, 2, True, True),
+    ],
+}  # fmt: skip
+
+
+def elapsed() -> float:
+    return time.perf_counter() - BEGAN
+
+
+def microseconds(calls: list[Callable[[], object]], target_ms: float = 2.0) -> float:
+    """Median device time of one call, the calls taken in turn and captured in a graph; NaN if that fails."""
+    try:
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for call in calls:
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        rounds = max(1, min(round(64 / len(calls)), round(target_ms / max(begin.elapsed_time(end), 1e-3))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+        times = []
+        for i in range(9):
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if i >= 2:
+                times.append(begin.elapsed_time(end) * 1e3 / (rounds * len(calls)))
+        del graph
+        return statistics.median(times)
+    except Exception as error:
+        torch.cuda.synchronize()
+        print(f"  failed: {type(error).__name__}: {str(error).splitlines()[0][:150]}", flush=True)
+        return float("nan")
+
+
+def error(out: Tensor, reference: Tensor) -> float:
+    return ((out.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def ceilings() -> dict[str, float]:
+    source = torch.randn(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    copy = microseconds([lambda: target.copy_(source)])
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = microseconds([lambda: a @ b])
+    return {"copy_TBps": 2 * source.nbytes / copy / 1e6, "bf16_TFLOPs": 2 * 8192**3 / product / 1e6}
+
+
+def decode_sets(model: str, rows: int, slots: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor, float]]:
+    heads, kv_heads, size, dtype = MODELS[model]
+    per_set = 2 * rows * kv_heads * (slots + ROOM) * size * dtype.itemsize
+    sets = []
+    for _ in range(max(2, min(16, int(3 * L2 // per_set) + 1))):
+        query = torch.randn(rows, heads, 1, size, device="cuda", dtype=dtype)
+        keys, values = (torch.randn(rows, kv_heads, slots + ROOM, size, device="cuda", dtype=dtype) for _ in range(2))
+        keys[:, :, slots:] = values[:, :, slots:] = float("nan")
+        sets.append((query, keys, values, torch.tensor([slots], dtype=torch.int32, device="cuda"), size**-0.5))
+    return sets
+
+
+def scores_sets(model: str, keys: int, window: int) -> list[tuple[Tensor, Tensor, float]]:
+    heads, kv_heads, size, dtype = MODELS[model]
+    count = max(1, min(6, int(2 * L2 // (kv_heads * keys * size * dtype.itemsize)) + 1))
+    return [
+        (
+            torch.randn(1, heads, window, size, device="cuda", dtype=dtype),
+            torch.randn(1, kv_heads, keys, size, device="cuda", dtype=dtype),
+            size**-0.5,
+        )
+        for _ in range(count)
+    ]
+
+
+def check(report: dict) -> None:
+    """Against the float32 definitions, on fresh inputs; every element must have been written."""
+    found: dict[str, list[float]] = {}
+    for model, (heads, kv_heads, size, dtype) in MODELS.items():
+        for window, keys in ((32, 6144), (256, 6143), (1000, 6144), (33, 901)):
+            ((query, key, scaling), *_) = scores_sets(model, keys, window)
+            for valid in (None, torch.rand(1, keys, device="cuda") > 0.1):
+                for power, per_visible in ((1, False), (2, True)):
+                    kind = {"power": power, "per_visible": per_visible}
+                    got = scores.window_scores(query, key, scaling, valid, **kind)
+                    expected = scores_naive.window_scores(query.float(), key.float(), scaling, valid, **kind)
+                    found.setdefault(f"window_scores {model}", []).append(error(got, expected))
+        for rows, slots in ((1, 1690), (8, 777)):
+            ((query, keys_, values, length, scaling), *_) = decode_sets(model, rows, slots)
+            start = torch.randint(0, slots, (rows, kv_heads), dtype=torch.int32, device="cuda")
+            each = torch.randint(1, slots, (rows, kv_heads), dtype=torch.int32, device="cuda").maximum(start + 1)
+            counters = torch.zeros(rows * heads, dtype=torch.int32, device="cuda")
+            plan = decode.choose(slots + ROOM, rows * kv_heads, heads // kv_heads, size, dtype.itemsize)
+            overlap = decode.Blocks(*astuple(plan)[:6], True)
+            for lengths, starts in ((length, None), (slots, None), (each, start)):
+                expected = decode_naive.decode_attention(
+                    query.float(), keys_.float(), values.float(), lengths, starts, scaling
+                )
+                for mode, options in (
+                    ("two kernels", {}), ("counters", {"counters": counters}), ("overlap", {"blocks": overlap})
+                ):  # fmt: skip
+                    for _ in range(3):  # a race would move
+                        errors = found.setdefault(f"decode {model} {mode}", [])
+                        try:
+                            got = decode.decode_attention(query, keys_, values, lengths, starts, scaling, **options)
+                            errors.append(error(got, expected))
+                        except Exception as problem:
+                            errors.append(float("nan"))
+                            print(f"  {mode}: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
+    torch.cuda.synchronize()
+    worst = {name: max(errors, key=lambda e: (e != e, e)) for name, errors in found.items()}  # NaN is the worst
+    report["relative_error"] = worst
+    for name, value in worst.items():
+        print(f"check {name}: {value:.2e} {'ok' if value < 1e-2 else 'WRONG'}", flush=True)
+
+
+def decode_row(model: str, rows: int, slots: int, bandwidth: float) -> dict:
+    sets = decode_sets(model, rows, slots)
+    heads, kv_heads, size, dtype = MODELS[model]
+    row: dict = {"model": model, "rows": rows, "slots": slots}
+    row["floor"] = 2 * rows * kv_heads * slots * size * dtype.itemsize / bandwidth / 1e6
+    counters = torch.zeros(rows * heads, dtype=torch.int32, device="cuda")
+
+    def ours(**options: object) -> float:
+        return microseconds(
+            [lambda s=s: decode.decode_attention(*s[:4], None, s[4], **options) for s in sets]  # type: ignore[misc]
+        )
+
+    row["two kernels"], row["counters"] = ours(), ours(counters=counters)
+    plan = decode.choose(slots + ROOM, rows * kv_heads, heads // kv_heads, size, dtype.itemsize)
+    row["overlap"] = ours(blocks=decode.Blocks(*astuple(plan)[:6], True))
+
+    def torch_ones(backend: SDPBackend) -> float:
+        def one(query: Tensor, keys: Tensor, values: Tensor, _: Tensor, scaling: float) -> Tensor:
+            packed = query.view(rows, kv_heads, heads // kv_heads, size)
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(packed, keys[:, :, :slots], values[:, :, :slots], scale=scaling)
+
+        return microseconds([lambda s=s: one(*s) for s in sets])
+
+    row["sdpa flash"] = torch_ones(SDPBackend.FLASH_ATTENTION)
+    row["sdpa efficient"] = torch_ones(SDPBackend.EFFICIENT_ATTENTION)
+    row["sdpa math"] = torch_ones(SDPBackend.MATH)
+    return row
+
+
+def decode_sweep(model: str, rows: int, slots: int, seconds: float) -> dict[str, float]:
+    sets = decode_sets(model, rows, slots)
+    counters = torch.zeros(rows * MODELS[model][0], dtype=torch.int32, device="cuda")
+    found: dict[str, float] = {}
+
+    def measure(name: str, plan: decode.Blocks, count: Tensor | None) -> None:
+        found[name] = microseconds(
+            [lambda s=s: decode.decode_attention(*s[:4], None, s[4], counters=count, blocks=plan) for s in sets]
+        )
+
+    for options in SWEEP_DECODE[model]:
+        if elapsed() > seconds:
+            break
+        measure(str(options), decode.Blocks(*options), None)
+    for options in sorted(SWEEP_DECODE[model], key=lambda o: found.get(str(o), 1e9))[:2]:
+        if elapsed() < seconds:
+            measure(f"{options} counters", decode.Blocks(*options), counters)
+            measure(f"{options} overlap", decode.Blocks(*options, True), None)
+    return found
+
+
+def scores_row(model: str, keys: int, window: int) -> dict:
+    sets = scores_sets(model, keys, window)
+    lse = [scores.log_sum_exp(*s, None) for s in sets]
+    row: dict = {"model": model, "keys": keys, "window": window}
+    row["all"] = microseconds([lambda s=s: scores.window_scores(*s) for s in sets])
+    row["pass 1"] = microseconds([lambda s=s: scores.log_sum_exp(*s, None) for s in sets])
+    row["pass 2"] = microseconds(
+        [lambda s=s, x=x: scores.probability_sums(*s, x, None, 1, False) for s, x in zip(sets, lse, strict=True)]
+    )
+    row["naive"] = microseconds([lambda s=s: scores_naive.window_scores(*s) for s in sets[:1]])
+    return row
+
+
+def scores_sweep(model: str, keys: int, window: int, seconds: float) -> dict[str, float]:
+    sets = scores_sets(model, keys, window)
+    lse = [scores.log_sum_exp(*s, None) for s in sets]
+    found: dict[str, float] = {}
+    for options in SWEEP_LSE[window]:
+        if elapsed() < seconds:
+            plan = scores.Blocks(*options)
+            found[f"lse {options}"] = microseconds([lambda s=s, p=plan: scores.log_sum_exp(*s, None, p) for s in sets])
+    for options in SWEEP_SUM[window]:
+        if elapsed() < seconds:
+            plan = scores.Blocks(*options)
+            found[f"sum {options}"] = microseconds(
+                [
+                    lambda s=s, x=x, p=plan: scores.probability_sums(*s, x, None, 1, False, p)
+                    for s, x in zip(sets, lse, strict=True)
+                ]
+            )
+    return found
+
+
+def prefill_attention(model: str, keys: int) -> dict:
+    heads, kv_heads, size, dtype = MODELS[model]
+    query = torch.randn(1, heads, keys, size, device="cuda", dtype=dtype)
+    key, value = (torch.randn(1, kv_heads, keys, size, device="cuda", dtype=dtype) for _ in range(2))
+    row: dict = {"model": model, "keys": keys}
+    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+
+        def one(backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=heads != kv_heads)
+
+        row[name] = microseconds([one])
+    return row
+
+
+def table(rows: list[dict]) -> None:
+    names = list(rows[0])
+    print(" | ".join(names))
+    for row in rows:
+        print(" | ".join(f"{row[n]:.1f}" if isinstance(row[n], float) else str(row[n]) for n in names))
+    print(flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "kernels.json")
+    parser.add_argument("--seconds", type=float, default=140, help="when to stop trying other tiles")
+    arguments = parser.parse_args()
+    torch.set_grad_enabled(False)
+    torch.manual_seed(int(time.time()))
+    report: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "unit": "microseconds"}
+    try:
+        report |= ceilings()
+        print({name: round(report[name], 2) for name in ("copy_TBps", "bf16_TFLOPs")}, flush=True)
+        check(report)
+        print(f"checked after {elapsed():.0f} s", flush=True)
+        report["decode"] = [decode_row(m, *size, report["copy_TBps"]) for m in MODELS for size in DECODE_SIZES]
+        print(f"decode after {elapsed():.0f} s", flush=True)
+        report["scores"] = [scores_row(m, k, w) for m in MODELS for k in LENGTHS for w in WINDOWS]
+        report["prefill"] = [prefill_attention(m, k) for m in MODELS for k in LENGTHS]
+        print(f"scores after {elapsed():.0f} s", flush=True)
+        report["sweeps"] = {}
+        for model, kind, *size in (
+            ("pythia-2.8b", "decode", 1, 1690), ("pythia-2.8b", "scores", 6144, 1024),
+            ("pythia-2.8b", "decode", 8, 1690), ("llama-8b", "decode", 1, 1690), ("llama-8b", "scores", 6144, 1024),
+            ("pythia-2.8b", "scores", 6144, 32), ("llama-8b", "decode", 8, 6272), ("pythia-2.8b", "decode", 8, 6272),
+            ("pythia-2.8b", "decode", 1, 6272), ("llama-8b", "scores", 6144, 32),
+        ):  # fmt: skip
+            sweep = decode_sweep if kind == "decode" else scores_sweep
+            report["sweeps"][f"{kind} {model} {size}"] = sweep(model, *size, arguments.seconds)
+    finally:
+        report["seconds"] = elapsed()
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    for name, found in report["sweeps"].items():
+        print(name + ": " + "; ".join(f"{k} {v:.1f}" for k, v in sorted(found.items(), key=lambda item: item[1])))
+    print()
+    for rows in (report["decode"], report["scores"], report["prefill"]):
+        table(rows)
+    print(f"{report['copy_TBps']:.2f} TB/s copied, {report['bf16_TFLOPs']:.0f} TFLOP/s, {elapsed():.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

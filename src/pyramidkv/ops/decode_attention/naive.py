@@ -1,0 +1,41 @@
+"""The plain torch definition, in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, length: int | Tensor, start: Tensor | None, scaling: float
+) -> Tensor:
+    """Softmax attention of one query a row over the slots [start, length) of its buffers.
+
+    Args:
+        query: (B, Hq, 1, D).
+        keys: (B, Hkv, C, D), values: (B, Hkv, C, Dv), Hq a multiple of Hkv; query head h reads h // (Hq // Hkv).
+        length: slots in use; a number, or an int32 tensor of shape (1,) or (B, Hkv).
+        start: (B, Hkv) int32, the first slot of each row and head that holds a token; None: 0.
+        scaling: factor of the logits.
+
+    Returns:
+        (B, Hq, 1, Dv) in the dtype of the query; zeros for rows with no slots.
+    """
+    batch, heads = query.shape[:2]
+    kv_heads, capacity = keys.shape[1], keys.shape[2]
+    if isinstance(length, int):  # nothing to mask behind it
+        keys, values, capacity = keys[:, :, :length], values[:, :, :length], length
+        end: int | Tensor = length
+    else:
+        end = length.reshape(-1, 1, 1) if length.numel() == 1 else length[..., None]
+    slot = torch.arange(capacity, device=keys.device)
+    used = (slot < end).expand(batch, kv_heads, capacity)
+    if start is not None:
+        used = used & (slot >= start[..., None])
+    # Unused slots may hold anything, NaN too, which a probability of 0 would not take away.
+    value = values.float().masked_fill(~used[..., None], 0.0)
+    grouped = query.float().reshape(batch, kv_heads, heads // kv_heads, -1)
+    logits = (grouped @ keys.float().transpose(-1, -2)) * scaling  # (B, Hkv, G, C)
+    probability = logits.masked_fill(~used[:, :, None], float("-inf")).softmax(-1)
+    probability = probability.masked_fill(~used.any(-1)[..., None, None], 0.0)
+    return (probability @ value).reshape(batch, heads, 1, -1).to(query.dtype)

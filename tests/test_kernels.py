@@ -1,0 +1,308 @@
+"""The kernels: their plain definitions against float64, and Triton against those, interpreted and on a GPU.
+
+Without a GPU, Triton runs in its interpreter, which must be chosen before the kernels are imported: one test starts
+pytest again on this file with TRITON_INTERPRET=1. Nothing of it runs where triton is not installed.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+
+from pyramidkv.ops import kernels
+from pyramidkv.ops import window_scores as scores_package
+from pyramidkv.ops.decode_attention import decode_attention, why_naive
+from pyramidkv.ops.decode_attention import naive as decode_naive
+from pyramidkv.ops.window_scores import naive as scores_naive
+from pyramidkv.ops.window_scores import window_scores
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="run by test_triton_in_its_interpreter")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ERROR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # |out - reference| / |reference|
+
+# batch, query heads, KV heads, head size, queries, keys
+SCORES = [
+    (1, 1, 1, 32, 8, 8),
+    (1, 2, 2, 80, 70, 150),  # more queries than one tile
+    (2, 4, 2, 64, 7, 133),  # the heads of a group in one tile
+    (1, 7, 1, 96, 20, 300),  # more rows than one tile, of mixed heads
+    (1, 4, 1, 128, 129, 260),
+    (1, 1, 1, 256, 16, 65),
+    (7, 1, 1, 80, 9, 23),
+]
+# batch, query heads, KV heads, head size, capacity
+DECODE = [
+    (1, 2, 2, 80, 150),
+    (7, 2, 1, 64, 33),
+    (2, 7, 1, 128, 130),
+    (1, 4, 1, 32, 17),
+    (2, 3, 3, 96, 67),
+    (1, 1, 1, 256, 40),
+    (1, 4, 2, 80, 300),
+]
+
+
+def distance(out, reference):
+    """Relative; NaN never passes."""
+    reference = reference.double()
+    return ((out.double() - reference).norm() / reference.norm().clamp(min=1e-9)).item()
+
+
+def random(*shape, seed=0, dtype=torch.float32, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(device, dtype)
+
+
+def scores_case(shape, dtype, kind, device="cpu"):
+    """Queries and keys as views of one fused projection, and which keys are real."""
+    batch, heads, kv_heads, size, queries, keys = shape
+    fused = random(batch, keys, heads + 2 * kv_heads, size, dtype=dtype, device=device).transpose(1, 2)
+    query, key = fused[:, :heads, keys - queries :], fused[:, heads : heads + kv_heads]
+    valid = None
+    if kind != "none":
+        valid = torch.arange(keys) >= torch.arange(batch)[:, None] * 5 % keys + 1
+        if kind == "holes":
+            valid &= torch.arange(keys) % 4 != 2
+        valid = valid.to(device)
+        where = ~valid[:, None, :, None]
+        key = key.masked_fill(where, float("nan"))  # what padding holds is nobody's business
+        query = query.masked_fill(where[:, :, keys - queries :], float("nan"))
+    return query, key, valid
+
+
+def decode_case(shape, dtype, kind, device="cpu"):
+    """Queries, buffers that are NaN where no slot is used, lengths and starts."""
+    batch, heads, kv_heads, size, capacity = shape
+    query = random(batch, heads, 1, size, seed=1, dtype=dtype, device=device)
+    keys = random(batch, kv_heads, capacity, size, seed=2, dtype=dtype, device=device)
+    values = random(batch, kv_heads, capacity, size, seed=3, dtype=dtype, device=device)
+    rows = torch.arange(batch * kv_heads, dtype=torch.int32).reshape(batch, kv_heads)
+    start = None
+    if kind == "number":
+        length = lengths = capacity - 2
+    elif kind == "one":
+        length, lengths = torch.tensor([capacity // 2 + 1], dtype=torch.int32), capacity // 2 + 1
+    elif kind == "none":
+        length, lengths = 0, 0
+    else:  # each row and head its own, one of them with no slots
+        length = lengths = (capacity - rows * 11) % (capacity + 1)
+        start = (lengths * (rows % 3)) // 3
+        start[-1, -1] = lengths[-1, -1]
+        lengths = lengths[..., None]
+    slot = torch.arange(capacity)
+    used = (slot < lengths).expand(batch, kv_heads, capacity)
+    if start is not None:
+        used = used & (slot >= start[..., None])
+    used = used.to(device)[..., None]
+    keys, values = keys.masked_fill(~used, float("nan")), values.masked_fill(~used, float("nan"))
+    length, start = (x.to(device) if isinstance(x, torch.Tensor) else x for x in (length, start))
+    return query, keys, values, length, start, used[..., 0]
+
+
+def exact_scores(query, key, scaling, valid, power, per_visible):
+    """The definition by one loop over the queries, float64."""
+    batch, heads, queries, _ = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    key = key.double().repeat_interleave(heads // kv_heads, 1)
+    total = torch.zeros(batch, heads, keys, dtype=torch.float64)
+    terms = torch.zeros(batch, 1, keys)
+    real = torch.ones(batch, keys, dtype=torch.bool) if valid is None else valid
+    for i in range(queries):
+        own = keys - queries + i
+        seen = real & (torch.arange(keys) <= own)
+        logit = torch.einsum("bhd,bhkd->bhk", query[:, :, i].double(), key) * scaling
+        share = logit.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+        asks = real[:, own, None]
+        total += torch.where(asks[..., None], share, 0.0) ** power
+        terms += (asks & ((torch.arange(keys) <= own) | (not per_visible)))[:, None]
+    total = total.unflatten(1, (kv_heads, -1)).sum(2) / (heads // kv_heads)
+    return (total / terms.clamp(min=1)) ** (1 / power)
+
+
+def exact_decode(query, keys, values, used, scaling):
+    """The definition by loops over rows and heads, float64."""
+    batch, heads, _, size = query.shape
+    kv_heads = keys.shape[1]
+    out = torch.zeros(batch, heads, 1, size, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            g = h // (heads // kv_heads)
+            slots = used[b, g].nonzero()[:, 0]
+            share = (keys[b, g, slots].double() @ query[b, h, 0].double() * scaling).softmax(0)
+            out[b, h, 0] = share @ values[b, g, slots].double()
+    return out
+
+
+@pytest.mark.parametrize("shape", SCORES)
+@pytest.mark.parametrize("kind", ["none", "padding", "holes"])
+@pytest.mark.parametrize(("power", "per_visible"), [(1, False), (2, True), (2, False)])
+def test_window_scores_are_their_definition(shape, kind, power, per_visible):
+    query, key, valid = scores_case(shape, torch.float32, kind)
+    got = window_scores(query, key, 0.2, valid, power=power, per_visible=per_visible)
+    expected = exact_scores(query, key, 0.2, valid, power, per_visible)
+    assert got.dtype == torch.float32 and got.shape == expected.shape
+    assert distance(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("shape", DECODE)
+@pytest.mark.parametrize("kind", ["number", "one", "each", "none"])
+def test_decode_attention_is_its_definition(shape, kind):
+    query, keys, values, length, start, used = decode_case(shape, torch.float32, kind)
+    got = decode_attention(query, keys, values, length, start, 0.2)
+    assert got.shape == query.shape
+    assert distance(got, exact_decode(query, keys, values, used, 0.2)) < 1e-5
+
+
+def test_the_dtype_of_the_query_comes_back():
+    query, keys, values, length, start, _ = decode_case(DECODE[0], torch.bfloat16, "each")
+    assert decode_attention(query, keys, values, length, start, 0.2).dtype == torch.bfloat16
+
+
+def test_the_reason_for_plain_torch_is_given(monkeypatch):
+    query = torch.zeros(1, 2, 1, 64)
+    assert "on cpu" in why_naive(query) and "on cpu" in scores_package.why_naive(query)
+    monkeypatch.setenv("PYRAMIDKV_TRITON", "0")
+    assert why_naive(query) == "PYRAMIDKV_TRITON=0"
+
+
+def test_both_trace_whole_under_compile():
+    query, keys, values, _, start, _ = decode_case(DECODE[0], torch.float32, "each")
+    length = torch.tensor([9], dtype=torch.int32)
+    step = torch.compile(lambda *x: decode_attention(*x, start, 0.2), backend="eager", fullgraph=True)
+    torch.testing.assert_close(
+        step(query, keys, values, length), decode_attention(query, keys, values, length, start, 0.2), equal_nan=True
+    )
+
+
+@pytest.mark.parametrize(("size", "expected"), [(64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (72, (64, 16))])
+def test_head_sizes_are_two_powers_of_two(size, expected):
+    assert kernels.parts(size) == expected
+
+
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="triton is not installed")
+@pytest.mark.skipif(
+    numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0", reason="Triton 3.6's interpreter needs numpy < 2.4"
+)
+def test_triton_in_its_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "interpreted", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+@interpreted
+@pytest.mark.parametrize("shape", SCORES)
+@pytest.mark.parametrize("kind", ["none", "holes"])
+@pytest.mark.parametrize(("power", "per_visible"), [(1, False), (2, True)])
+def test_interpreted_window_scores(shape, kind, power, per_visible):
+    from pyramidkv.ops.window_scores import triton
+
+    query, key, valid = scores_case(shape, torch.float32, kind)
+    got = triton.window_scores(query, key, 0.2, valid, power=power, per_visible=per_visible)
+    expected = scores_naive.window_scores(query, key, 0.2, valid, power=power, per_visible=per_visible)
+    assert distance(got, expected) < 1e-5
+    assert not got.isnan().any()
+
+
+@interpreted
+@pytest.mark.parametrize("split", [True, False])
+def test_interpreted_window_scores_in_half_precision(split):
+    from pyramidkv.ops.window_scores import triton
+
+    dtype = torch.float16  # the interpreter's dot takes bfloat16 for integers
+    query, key, _ = scores_case((1, 2, 1, 80, 40, 600 if split else 90), dtype, "none")
+    got = triton.window_scores(query, key, 0.1)
+    assert distance(got, scores_naive.window_scores(query.float(), key.float(), 0.1)) < ERROR[dtype]
+
+
+@interpreted
+@pytest.mark.parametrize("shape", DECODE)
+@pytest.mark.parametrize("kind", ["number", "one", "each", "none"])
+@pytest.mark.parametrize("counted", [False, True])
+def test_interpreted_decode_attention(shape, kind, counted):
+    from pyramidkv.ops.decode_attention import triton
+
+    query, keys, values, length, start, _ = decode_case(shape, torch.float32, kind)
+    counters = torch.zeros(shape[0] * shape[1], dtype=torch.int32) if counted else None
+    got = triton.decode_attention(query, keys, values, length, start, 0.2, counters=counters)
+    assert distance(got, decode_naive.decode_attention(query, keys, values, length, start, 0.2)) < 1e-5
+    assert counters is None or not counters.any()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("dot", [False, True])
+def test_interpreted_decode_attention_in_all_its_variants(dtype, halves, dot):
+    from pyramidkv.ops.decode_attention import triton
+
+    if dot and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's dot takes bfloat16 for integers")
+    query, keys, values, length, start, _ = decode_case((2, 2, 2, 80, 200), dtype, "each")
+    blocks = triton.Blocks(64, 16, 4, 2, halves, dot)
+    got = triton.decode_attention(query, keys, values, length, start, 0.2, blocks=blocks)
+    reference = decode_naive.decode_attention(query.float(), keys.float(), values.float(), length, start, 0.2)
+    assert distance(got, reference) < ERROR[dtype]
+
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def on_gpu(test):
+    for mark in gpu:
+        test = mark(test)
+    return test
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["none", "holes"])
+@pytest.mark.parametrize("heads", [(32, 32, 80), (32, 8, 128), (28, 4, 128), (4, 1, 256), (8, 8, 96), (8, 4, 64)])
+@pytest.mark.parametrize("window", [8, 33, 256, 1024])
+def test_gpu_window_scores(dtype, kind, heads, window):
+    query, key, valid = scores_case((1, *heads, window, 3001), dtype, kind, "cuda")
+    assert scores_package.why_naive(query) is None
+    got = window_scores(query, key, heads[2] ** -0.5, valid, power=2, per_visible=True)
+    expected = scores_naive.window_scores(
+        query.float(), key.float(), heads[2] ** -0.5, valid, power=2, per_visible=True
+    )
+    assert distance(got, expected) < ERROR[dtype]
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["number", "one", "each", "none"])
+@pytest.mark.parametrize("heads", [(32, 32, 80), (32, 8, 128), (28, 4, 128), (4, 1, 256), (8, 8, 96), (8, 4, 64)])
+@pytest.mark.parametrize("counted", [False, True])
+def test_gpu_decode_attention(dtype, kind, heads, counted):
+    query, keys, values, length, start, _ = decode_case((7, *heads, 1691), dtype, kind, "cuda")
+    counters = torch.zeros(query.shape[0] * query.shape[1], dtype=torch.int32, device="cuda") if counted else None
+    got = decode_attention(query, keys, values, length, start, heads[2] ** -0.5, counters=counters)
+    expected = decode_naive.decode_attention(
+        query.float(), keys.float(), values.float(), length, start, heads[2] ** -0.5
+    )
+    assert distance(got, expected) < ERROR[dtype]
+    assert counters is None or not counters.any()
+
+
+@on_gpu
+def test_a_graph_stays_right_as_the_length_grows():
+    query, keys, values, _, _, _ = decode_case((2, 32, 32, 80, 800), torch.float16, "number", "cuda")
+    keys, values = keys.nan_to_num(), values.nan_to_num()
+    length = torch.tensor([300], dtype=torch.int32, device="cuda")
+    decode_attention(query, keys, values, length, None, 0.1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_attention(query, keys, values, length, None, 0.1)
+    for now in (300, 301, 640, 798, 1, 0):
+        length.fill_(now)
+        graph.replay()
+        expected = decode_naive.decode_attention(query.float(), keys.float(), values.float(), now, None, 0.1)
+        assert distance(out, expected) < ERROR[torch.float16]
