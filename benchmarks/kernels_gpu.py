@@ -48,10 +48,10 @@ SWEEP_SUM = {
 # chunk, block, warps, stages, halves, dot
 SWEEP_DECODE = {
     "pythia-2.8b": [
-        (32, 32, 4, 1, False, False), (64, 64, 4, 1, False, False), (64, 64, 8, 1, False, False),
-        (128, 128, 8, 1, False, False), (32, 32, 2, 1, False, False), (32, 32, 4, 1, True, False),
-        (64, 64, 4, 1, True, False), (128, 32, 4, 2, True, False), (256, 32, 4, 3, True, False),
-        (128, 32, 4, 1, False, False), (64, 64, 4, 1, True, True), (128, 64, 4, 2, True, True),
+        (64, 64, 4, 1, True, False), (32, 32, 4, 1, True, False), (128, 64, 4, 1, True, False),
+        (128, 128, 8, 1, True, False), (32, 32, 4, 1, False, False), (64, 64, 4, 1, False, False),
+        (64, 64, 8, 1, False, False), (32, 32, 2, 1, True, False), (128, 32, 4, 2, True, False),
+        (256, 32, 4, 3, True, False), (64, 64, 4, 1, True, True), (128, 64, 4, 2, True, True),
         (256, 64, 4, 3, True, True), (256, 128, 8, 2, True, True),
     ],
     "llama-8b": [
@@ -141,14 +141,14 @@ def check(report: dict) -> None:
     """Against the float32 definitions, on fresh inputs; every element must have been written."""
     found: dict[str, list[float]] = {}
     for model, (heads, kv_heads, size, dtype) in MODELS.items():
-        for window, keys in ((32, 6144), (256, 6143), (1000, 6144), (33, 901)):
+        for window, keys in ((32, 6144), (256, 6143), (1000, 6144)):
             ((query, key, scaling), *_) = scores_sets(model, keys, window)
-            for valid in (None, torch.rand(1, keys, device="cuda") > 0.1):
-                for power, per_visible in ((1, False), (2, True)):
-                    kind = {"power": power, "per_visible": per_visible}
-                    got = scores.window_scores(query, key, scaling, valid, **kind)
-                    expected = scores_naive.window_scores(query.float(), key.float(), scaling, valid, **kind)
-                    found.setdefault(f"window_scores {model}", []).append(error(got, expected))
+            real = torch.rand(1, keys, device="cuda") > 0.1
+            for valid, power, per_visible in ((None, 1, False), (None, 2, True), (real, 2, True)):
+                kind = {"power": power, "per_visible": per_visible}
+                got = scores.window_scores(query, key, scaling, valid, **kind)
+                expected = scores_naive.window_scores(query.float(), key.float(), scaling, valid, **kind)
+                found.setdefault(f"window_scores {model}", []).append(error(got, expected))
         for rows, slots in ((1, 1690), (8, 777)):
             ((query, keys_, values, length, scaling), *_) = decode_sets(model, rows, slots)
             start = torch.randint(0, slots, (rows, kv_heads), dtype=torch.int32, device="cuda")

@@ -37,12 +37,12 @@ class Blocks:
 def choose(capacity: int, heads: int, groups: int, size: int, itemsize: int) -> Blocks:
     """Tiles for (B * Hkv) `heads` of `groups` query heads."""
     dot = groups > 1
-    wide = power_of_two(size) * itemsize
-    block = max(16, min(64, 8192 // wide)) if not dot else max(16, min(64, 16384 // wide))
+    slots = (16384 if dot else 10240) // (size * itemsize)  # of 10 kB keys and as many values a program, eight at once
+    block = max(16, min(64, power_of_two(slots + 1) // 2))
     chunk = block
-    while chunk < 1024 and heads * triton.cdiv(capacity, chunk) > 4096:
+    while chunk < 1024 and heads * triton.cdiv(capacity, chunk) > 16384:
         chunk *= 2  # a few rounds of programs are plenty, and each costs a partial result
-    return Blocks(chunk, block, 4, 2 if dot else 1, halves=dot, dot=dot)
+    return Blocks(chunk, block, 4, 2 if dot else 1, halves=True, dot=dot)
 
 
 @triton.jit
@@ -109,6 +109,43 @@ def _used(length, start, batch, head, slb, slh, ssb, ssh, TENSOR: tl.constexpr, 
     return begin, end
 
 
+@triton.jit
+def _vector_step(
+    q, k, v, tops, totals, sums, sums_rest, step, last, begin, skn, svn, scale,
+    FIRST: tl.constexpr, REST: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    """BLOCK slots added to the softmax of each place of a tile, for one query head."""
+    slot = step + tl.arange(0, BLOCK)
+    ok = (slot < last) & (slot >= begin)
+    # Values are under way before the keys are used, and both before the query, which crosses shared memory.
+    key = _load(k, slot * skn, ok, 0, FIRST, SIZE)
+    value = _load(v, slot * svn, ok, 0, FIRST, SIZE)
+    if REST > 0:
+        key_rest = _load(k, slot * skn, ok, FIRST, REST, SIZE)
+        value_rest = _load(v, slot * svn, ok, FIRST, REST, SIZE)
+    zero = tl.zeros([1], tl.int32)
+    query = _load(q, zero, zero == 0, 0, FIRST, SIZE).to(tl.float32) * scale  # (1, FIRST)
+    logit = tl.sum(key.to(tl.float32) * query, 1)
+    if REST > 0:
+        query_rest = _load(q, zero, zero == 0, FIRST, REST, SIZE).to(tl.float32) * scale
+        logit += tl.sum(key_rest.to(tl.float32) * query_rest, 1)
+    logit = tl.where(ok, logit, float("-inf"))
+    if ALONE:  # nothing to add to: the softmax of one slot is 1
+        sums_rest = logit
+        if REST > 0:
+            sums_rest = value_rest.to(tl.float32)
+        return logit, tl.where(ok, 1.0, 0.0), value.to(tl.float32), sums_rest
+    higher = tl.maximum(tops, logit)
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    fade = tl.exp2(tops - shift)
+    share = tl.exp2(logit - shift)
+    totals = totals * fade + share
+    sums = sums * fade[:, None] + share[:, None] * value.to(tl.float32)
+    if REST > 0:
+        sums_rest = sums_rest * fade[:, None] + share[:, None] * value_rest.to(tl.float32)
+    return higher, totals, sums, sums_rest
+
+
 @triton.jit(do_not_specialize=["length"])
 def split_kernel(
     q, k, v, out, part, lse, counters, length, start,
@@ -172,36 +209,23 @@ def split_kernel(
                 _put(part, where, real, acc_rest / shift[:, None], FIRST, REST, SIZE)
             tl.store(lse + where, tl.where(total > 0, top + tl.log2(shift), float("-inf")), mask=real)
         else:
-            zero = tl.zeros([1], tl.int32)
-            one = zero == 0
-            query = _load(q, zero, one, 0, FIRST, SIZE).to(tl.float32) * scale  # (1, FIRST)
-            if REST > 0:
-                query_rest = _load(q, zero, one, FIRST, REST, SIZE).to(tl.float32) * scale
-                sums_rest = tl.zeros([BLOCK, REST], tl.float32)
             tops = tl.full([BLOCK], float("-inf"), tl.float32)
             totals = tl.zeros([BLOCK], tl.float32)
             sums = tl.zeros([BLOCK, FIRST], tl.float32)
-            for step in tl.range(0, last, BLOCK, num_stages=STAGES):
-                slot = step + place
-                ok = (slot < last) & (base + slot >= begin)
-                key = _load(k, slot * skn, ok, 0, FIRST, SIZE)
-                value = _load(v, slot * svn, ok, 0, FIRST, SIZE)  # under way before the keys are used
-                if REST > 0:
-                    key_rest = _load(k, slot * skn, ok, FIRST, REST, SIZE)
-                    value_rest = _load(v, slot * svn, ok, FIRST, REST, SIZE)
-                logit = tl.sum(key.to(tl.float32) * query, 1)
-                if REST > 0:
-                    logit += tl.sum(key_rest.to(tl.float32) * query_rest, 1)
-                logit = tl.where(ok, logit, float("-inf"))
-                higher = tl.maximum(tops, logit)
-                shift = tl.where(higher == float("-inf"), 0.0, higher)
-                fade = tl.exp2(tops - shift)
-                share = tl.exp2(logit - shift)
-                totals = totals * fade + share
-                sums = sums * fade[:, None] + share[:, None] * value.to(tl.float32)
-                if REST > 0:
-                    sums_rest = sums_rest * fade[:, None] + share[:, None] * value_rest.to(tl.float32)
-                tops = higher
+            sums_rest = tops
+            if REST > 0:
+                sums_rest = tl.zeros([BLOCK, REST], tl.float32)
+            if CHUNK == BLOCK:
+                tops, totals, sums, sums_rest = _vector_step(
+                    q, k, v, tops, totals, sums, sums_rest, 0, last, begin - base, skn, svn, scale,
+                    FIRST, REST, SIZE, BLOCK, True,
+                )  # fmt: skip
+            else:
+                for step in tl.range(0, last, BLOCK, num_stages=STAGES):
+                    tops, totals, sums, sums_rest = _vector_step(
+                        q, k, v, tops, totals, sums, sums_rest, step, last, begin - base, skn, svn, scale,
+                        FIRST, REST, SIZE, BLOCK, False,
+                    )  # fmt: skip
             top = tl.max(tops, 0)
             fade = tl.exp2(tops - tl.where(top == float("-inf"), 0.0, top))
             total = tl.sum(totals * fade, 0)
@@ -265,7 +289,7 @@ def decode_attention(
     blocks = blocks or choose(capacity, batch * kv_heads, groups, size, keys.itemsize)
     splits = max(1, triton.cdiv(capacity, blocks.chunk))
     wide = power_of_two(size)
-    parts_at_once = 4096 // wide  # 32 registers of a thread
+    parts_at_once = (4096 if counters is None else 2048) // wide  # 32 or 16 registers of a thread
     first, rest = parts(size) if blocks.halves else (wide, 0)
     lengths = (0, 0) if isinstance(length, int) or length.numel() == 1 else length.stride()
     starts = (0, 0) if start is None else start.stride()
