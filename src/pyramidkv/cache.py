@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError, UnsupportedError
 from pyramidkv.ops.attention import attention
+from pyramidkv.ops.decode_attention import decode_attention, why_naive
 from pyramidkv.ops.select import select
 from pyramidkv.packed import PackedStorage
 from pyramidkv.plan import Plan, limits
@@ -156,7 +157,11 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         """Attention of (B, Hq, Q, D) queries over what `update` returned, then the eviction. Returns (B, Hq, Q, D)."""
         new = new.to(key.device)
         valid = self.visible(new, query.shape[2], key.shape[2])
-        out = attention(query, key, value, scaling, valid, dropout)
+        storage = self.storage
+        if isinstance(storage, Storage) and self._decodes(query, dropout):
+            out = decode_attention(query, storage.keys, storage.values, storage.length, storage.start, scaling)
+        else:
+            out = attention(query, key, value, scaling, valid, dropout)
         self.absorb(query, key, value, valid, new, scaling)
         return out
 
@@ -228,6 +233,12 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
     def _appends(self, queries: int) -> bool:
         """Whether a forward of that many tokens writes straight into the buffer: decoding, after a first forward."""
         return self.storage is not None and queries == 1
+
+    def _decodes(self, query: Tensor, dropout: float) -> bool:
+        """Whether the decoding kernel, which reads the buffers as they lie, can serve a forward."""
+        assert self.storage is not None
+        alike = self.storage.dtype == query.dtype and dropout == 0
+        return alike and self._appends(query.shape[2]) and why_naive(query) is None
 
     def visible(self, new: NewTokens, queries: int, slots: int) -> Tensor | None:
         """(B, K) bool: which of the slots attended to hold a real token; None for all of them."""

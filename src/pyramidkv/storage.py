@@ -44,6 +44,7 @@ class Storage:
         self.positions = positions
         self.length = length
         self.padded = padded  # some slot in use may be empty
+        self.start: Tensor | None = None  # (B, H) int32: empty slots at the front; None: none
 
     @classmethod
     def allocate(
@@ -82,6 +83,8 @@ class Storage:
                 buffer[:, :, :kept] = tensor.gather(2, wide)
         new.positions[..., :kept] = positions.gather(2, source).masked_fill(index < 0, -1)
         new.length = kept
+        if padded:
+            new.start = (index < 0).sum(-1, dtype=torch.int32)
         return new
 
     @classmethod
@@ -139,7 +142,10 @@ class Storage:
     def rows(self, index: Tensor) -> Storage:
         """A copy with the rows `index` (N,), in that order; rows may repeat (beam search) or be left out."""
         keys, values, positions = (t.index_select(0, index.to(t.device)) for t in self._buffers())
-        return Storage(keys, values, positions, self.length, self.padded)
+        new = Storage(keys, values, positions, self.length, self.padded)
+        if self.start is not None:
+            new.start = self.start.index_select(0, index.to(self.start.device))
+        return new
 
     def _grow(self, capacity: int) -> None:
         for name in ("keys", "values", "positions"):

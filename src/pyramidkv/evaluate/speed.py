@@ -44,7 +44,7 @@ def engines(configs: Sequence[CompressionConfig], device: torch.device) -> list[
             Engine("transformers DynamicCache, sdpa without cuDNN", cudnn=False),
             Engine("transformers StaticCache, compiled", cache_implementation="static"),
         ]
-    return baselines + [Engine(f"pyramidkv, {config.describe()}", config, cudnn=False) for config in configs]
+    return baselines + [Engine(f"pyramidkv, {config.describe()}", config) for config in configs]
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
+
+# cuDNN attention makes a plan for every new shape. In a prefill all layers have one shape; afterwards each layer has a
+# length of its own, which grows at every token.
+_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention(
@@ -23,6 +30,22 @@ def attention(
     Returns:
         (B, Hq, Q, D); rows of queries that see nothing are zero.
     """
+    if query.shape[2] == key.shape[2] and valid is None:
+        groups = query.shape[1] // key.shape[1]
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1
+        )
+    with _backends(query):
+        return _over_past(query, key, value, scaling, valid, dropout)
+
+
+def _backends(query: Tensor) -> AbstractContextManager[object]:
+    return sdpa_kernel(_WITHOUT_CUDNN) if query.is_cuda else nullcontext()
+
+
+def _over_past(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, valid: Tensor | None, dropout: float
+) -> Tensor:
     heads, queries = query.shape[1], query.shape[2]
     kv_heads, keys = key.shape[1], key.shape[2]
     groups = heads // kv_heads
@@ -32,10 +55,6 @@ def attention(
         packed = query.reshape(query.shape[0], kv_heads, groups, -1)
         out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
         return out.reshape(query.shape[0], heads, 1, -1)
-    if valid is None and queries == keys:
-        return scaled_dot_product_attention(
-            query, key, value, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1
-        )
     if groups > 1:  # a mask and grouped heads together would fall to the slow math kernel
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     if valid is None:

@@ -9,10 +9,12 @@ from pyramidkv.evaluate.schema import Change, Spread
 
 _NAMES = {
     "full": "Full cache",
+    "auto": "auto (4 bits)",
     "h2o": "H2O",
     "knorm": "Key norm",
     "pyramidkv": "PyramidKV",
     "random": "Random",
+    "rms": "RMS window",
     "snapkv": "SnapKV",
     "streamingllm": "StreamingLLM",
 }
