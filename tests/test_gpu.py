@@ -41,16 +41,19 @@ def test_the_gpu_keeps_what_the_cpu_keeps(name, method):
         if isinstance(one, PyramidKVLayer):
             assert one.held == other.held
             same = (one.storage.positions == other.storage.positions.cpu()).float().mean()
-            assert same > 0.97  # scores that tie to the last bit may be rounded apart
+            # Scores that tie to the last bit may be rounded apart. Where a model normalises its keys, their norms are
+            # all alike but for rounding, and this method has nothing to go by.
+            alike = method == "knorm" and name.startswith(("qwen3", "gemma3"))
+            assert alike or same > 0.97
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_generates_and_holds_half_the_bytes(dtype):
     plain = model("llama-4-2-32").to("cuda", dtype)
     ids, mask, _ = (t.cuda() for t in padded_batch((61, 40, 23)))
-    with pyramidkv.compress(plain, budget=20, window=8) as session:
+    with pyramidkv.compress(plain, method="snapkv", budget=20, window=8) as session:
         plain.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    slots = 3 * 3 * 2 * (20 + 128)
+    slots = 3 * 3 * 2 * (20 + 128)  # rows, layers, KV heads
     assert session.report().kv_bytes == slots * (2 * 32 * 2 + 4)
 
 

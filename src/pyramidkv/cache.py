@@ -235,10 +235,13 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.storage is not None and queries == 1
 
     def _decodes(self, query: Tensor, dropout: float) -> bool:
-        """Whether the decoding kernel, which reads the buffers as they lie, can serve a forward."""
+        """Whether the decoding kernel, which reads the buffers as they lie, should serve a forward.
+
+        Without empty slots SDPA's flash kernel is as fast on the device and cheaper to launch; a mask would cost it that.
+        """
         assert self.storage is not None
         alike = self.storage.dtype == query.dtype and dropout == 0
-        return alike and self._appends(query.shape[2]) and why_naive(query) is None
+        return alike and self.storage.padded and self._appends(query.shape[2]) and why_naive(query) is None
 
     def visible(self, new: NewTokens, queries: int, slots: int) -> Tensor | None:
         """(B, K) bool: which of the slots attended to hold a real token; None for all of them."""
