@@ -89,7 +89,7 @@ def test_help_of_a_command(command, columns):
 def test_every_setting_is_an_option(command):
     output = run(command, "--help", columns="200").output
     for name in CompressionConfig.__dataclass_fields__:
-        assert f"--{name} " in output
+        assert f"--{name.replace('_', '-')} " in output
 
 
 def test_version():

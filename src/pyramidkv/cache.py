@@ -237,7 +237,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
     def _decodes(self, query: Tensor, dropout: float) -> bool:
         """Whether the decoding kernel, which reads the buffers as they lie, should serve a forward.
 
-        Without empty slots SDPA's flash kernel is as fast on the device and cheaper to launch; a mask would cost it that.
+        Without empty slots SDPA's flash kernel is as fast on the device and cheaper to launch; a mask would end that.
         """
         assert self.storage is not None
         alike = self.storage.dtype == query.dtype and dropout == 0

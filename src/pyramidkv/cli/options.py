@@ -15,7 +15,7 @@ from pyramidkv.config import CompressionConfig
 
 DEFAULT_KEEP = 0.25  # when a command is given no amount at all
 
-_AMOUNTS = ("keep", "budget", "bytes")
+_AMOUNTS = ("keep", "budget", "share", "bytes")
 _FLAGS = {"keep": ("--keep", "-k"), "budget": ("--budget", "-b")}
 _ORDER = ("method", *_AMOUNTS)
 _TYPES: dict[Any, Any] = {int | str | None: str | None}  # an option has one type; the config parses the text
@@ -59,7 +59,7 @@ def compression_options(*names: str) -> Callable[[Command], Command]:
                 annotation=Annotated[
                     _TYPES.get(types[name], types[name]),
                     typer.Option(
-                        *_FLAGS.get(name, (f"--{name}",)),
+                        *_FLAGS.get(name, (_flag(name),)),
                         help=help_of[name],
                         metavar=_metavar(name, fields[name].default),
                         rich_help_panel="What to keep" if name in _ORDER else "How to choose it",
@@ -99,15 +99,19 @@ def _documented() -> dict[str, str]:
     help_of = {name: " ".join(text.split()) for name, text in entries}
     help_of = {name: text[0].upper() + text[1:] for name, text in help_of.items()}
     for name in help_of:
-        help_of[name] = re.sub(r"`(\w+)`", r"--\1", help_of[name])
+        help_of[name] = re.sub(r"`(\w+)`", lambda found: _flag(found[1]), help_of[name])
     help_of["method"] = help_of["method"].replace("`pyramidkv.methods()`", "`pyramidkv doctor`")
     help_of["keep"] += f" {DEFAULT_KEEP} if no amount is given."
     return help_of
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _metavar(name: str, default: Any) -> str:
     if name == "bytes":
         return "SIZE"
-    if name == "keep" or isinstance(default, float):
+    if name in ("keep", "share") or isinstance(default, float):
         return "NUMBER"
     return "NAME" if isinstance(default, str) else "N"
