@@ -7,7 +7,7 @@ import torch
 
 from families import model
 from pyramidkv import CompressionConfig, ConfigError, models
-from pyramidkv.cli.bench import _ablations
+from pyramidkv.cli.bench import _others
 from pyramidkv.evaluate import bench, recall, schema, tasks, texts
 from pyramidkv.evaluate.bench import Settings
 
@@ -159,19 +159,25 @@ def test_a_corpus_asked_for_by_name_must_be_there(tmp_path, monkeypatch):
         bench.run(settings("unused", corpora=("pg19",)), tmp_path / "never")
 
 
-def test_ablations_are_every_other_method_and_slope_at_the_same_amount():
-    names = [(c.method, c.keep, c.beta, c.recent) for c in _ablations(CONFIG)]
+def test_ablations_are_every_other_method_and_slope_at_equal_bytes():
+    names = [(c.method, c.keep, c.share, c.beta, c.recent) for c in _others(CONFIG, ablations=True)]
     assert names == [
-        ("snapkv", 0.5, 20.0, 8),
-        ("rms", 0.5, 20.0, 8),
-        ("auto", None, 20.0, 8),
-        ("h2o", 0.5, 20.0, 8),
-        ("streamingllm", 0.5, 20.0, 8),
-        ("knorm", 0.5, 20.0, 8),
-        ("random", 0.5, 20.0, 8),
-        ("pyramidkv", 0.5, 1.0, 8),
-        ("pyramidkv", 0.5, 2.0, 8),
+        ("snapkv", 0.5, None, 20.0, 8),
+        ("rms", 0.5, None, 20.0, 8),
+        ("auto", None, 0.5, 20.0, 8),
+        ("h2o", 0.5, None, 20.0, 8),
+        ("streamingllm", 0.5, None, 20.0, 8),
+        ("knorm", 0.5, None, 20.0, 8),
+        ("random", 0.5, None, 20.0, 8),
+        ("pyramidkv", 0.5, None, 1.0, 8),
+        ("pyramidkv", 0.5, None, 2.0, 8),
     ]
+
+
+def test_without_ablations_the_preset_stands_beside_the_method_at_equal_bytes():
+    assert [(c.method, c.share) for c in _others(CONFIG, ablations=False)] == [("auto", 0.5)]
+    assert _others(CompressionConfig(method="auto", share=0.5), ablations=False) == []
+    assert _others(CompressionConfig(budget=64), ablations=False) == []
 
 
 @torch.no_grad()

@@ -36,7 +36,8 @@ def bench(
         list[str] | None, typer.Option(help="perplexity, recall or speed; may be repeated. Default: all three.")
     ] = None,
     ablations: Annotated[
-        bool, typer.Option(help="Also measure every other method, and beta 1 and 2, at the same amount.")
+        bool,
+        typer.Option(help='Also measure every other method, and beta 1 and 2, at equal bytes. Default: "auto" alone.'),
     ] = False,
     corpus: Annotated[
         list[str] | None,
@@ -52,12 +53,12 @@ def bench(
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens compressed, of each chunk.", rich_help_panel=_QUALITY)] = 1536,
     target: Annotated[int, typer.Option(help="Tokens scored after them.", rich_help_panel=_QUALITY)] = 512,
-    chunks: Annotated[int, typer.Option(help="Chunks of each corpus.", rich_help_panel=_QUALITY)] = 12,
+    chunks: Annotated[int, typer.Option(help="Chunks of each corpus.", rich_help_panel=_QUALITY)] = 24,
     recall_context: Annotated[
         list[int] | None,
         typer.Option(help="Context of the recall tasks; may be repeated. Default: 2048.", rich_help_panel=_QUALITY),
     ] = None,
-    recall_examples: Annotated[int, typer.Option(help="Examples of each recall task.", rich_help_panel=_QUALITY)] = 8,
+    recall_examples: Annotated[int, typer.Option(help="Examples of each recall task.", rich_help_panel=_QUALITY)] = 16,
     prompt: Annotated[int, typer.Option(help="Prompt tokens.", rich_help_panel=_SPEED)] = 3840,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated after it.", rich_help_panel=_SPEED)] = 128,
     batch: Annotated[
@@ -84,7 +85,7 @@ def bench(
 
     config = config_from(options)
     settings = Settings(
-        configs=(config, *(_ablations(config) if ablations else ())),
+        configs=(config, *_others(config, ablations)),
         model=model,
         device=device,
         dtype=dtype,
@@ -112,20 +113,24 @@ def bench(
     show_report(results, where, overwrite=resume or force, as_json=as_json)
 
 
-def _ablations(config: CompressionConfig) -> list[CompressionConfig]:
-    """Every other method, and the pyramid's slopes, at the same amount and otherwise default settings."""
+def _others(config: CompressionConfig, ablations: bool) -> list[CompressionConfig]:
+    """What to measure beside `config`, at equal bytes: the preset "auto"; for ablations every method and the slopes."""
     from pyramidkv.config import CompressionConfig
     from pyramidkv.scorers import METHODS
 
     others = []
-    for name in METHODS:
-        if name not in ("full", config.method):
-            amount = dict(config.amount)
-            if METHODS[name].bits != 16 and "keep" in amount:  # equal bytes: that share of them, not of the tokens
-                amount = {"share": amount["keep"]}
-            others.append(CompressionConfig(method=name, recent=config.recent, **amount))
-    slopes = [replace(config, beta=b) for b in (1.0, 2.0) if config.method == "pyramidkv" and b != config.beta]
-    return others + slopes
+    for name in METHODS if ablations else ("auto",):
+        if name in ("full", config.method):
+            continue
+        amount = config.amount
+        if METHODS[name].bits != config.bits and "keep" in amount:  # a share of the bytes, not of the tokens
+            amount = {"share": amount["keep"]}
+        if "budget" in amount and METHODS[name].bits != config.bits:
+            continue  # equal tokens are not equal bytes
+        others.append(CompressionConfig(method=name, recent=config.recent, **amount))
+    if ablations and config.method == "pyramidkv":
+        others += [replace(config, beta=beta) for beta in (1.0, 2.0) if beta != config.beta]
+    return others
 
 
 @contextmanager

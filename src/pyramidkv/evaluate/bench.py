@@ -48,10 +48,10 @@ class Settings:
     text: tuple[str, ...] = ()  # NAME=FILE_OR_FOLDER
     context: int = 1536
     target: int = 512
-    chunks: int = 12
+    chunks: int = 24
     tasks: tuple[str, ...] = tasks.TASKS
     recall_context: tuple[int, ...] = (2048,)
-    recall_examples: int = 8
+    recall_examples: int = 16
     question_aware: bool = False
     prompt: int = 3840
     batch: tuple[int, ...] = (1,)
