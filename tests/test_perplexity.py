@@ -57,10 +57,10 @@ def test_full_and_compressed_rows_by_hand():
 def test_rows_carry_what_was_kept_and_the_bytes_of_it():
     rows = next(perplexity.measure(model("llama-4-2-32"), "tiny", CORPUS, chunks(1), [CONFIG], context=CONTEXT))
     full, compressed = (row.compression for row in rows)
-    token = 3 * 2 * 2 * 32 * 4  # layers, keys and values, KV heads, head size, bytes of a float32
+    token = 3 * 2 * 2 * 32 * 2  # layers, keys and values, KV heads, head size, bytes of a float16
     assert full.kv_bytes == full.full_kv_bytes == compressed.full_kv_bytes == CONTEXT * token
     slots = 3 * (14 + 1)  # an average of 14 tokens, and one slot of room a layer
-    assert compressed.kv_bytes == slots * 2 * (2 * 32 * 4 + 4)
+    assert compressed.kv_bytes == slots * 2 * (2 * 32 * 2 + 4)
     assert compressed.keep == pytest.approx(14 / CONTEXT)
 
 

@@ -12,7 +12,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -336,7 +336,7 @@ def _last(steps: Iterator[list[Any]], job: str, total: int, progress: Progress) 
 def _layers(loaded: LoadedModel, config: CompressionConfig, prompt: Sequence[int]) -> Layers:
     model = loaded.model
     before = model.config._attn_implementation
-    cache = PyramidKVCache(model.config, replace(config, room=1))
+    cache = PyramidKVCache(model.config, perplexity.stored(config, model))
     try:
         model.set_attn_implementation(ATTENTION_NAME)
         with torch.no_grad():

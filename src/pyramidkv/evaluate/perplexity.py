@@ -47,6 +47,15 @@ def check_lengths(context: int, target: int, configs: Iterable[CompressionConfig
             raise ConfigError(f"budget={config.budget}: must be below the context of {context} tokens")
 
 
+def stored(config: CompressionConfig, model: Any) -> CompressionConfig:
+    """How a config is measured for quality: without room for new tokens, since none is decoded, and in 16 bits.
+
+    A share of a 32-bit cache is twice as many bytes as the same share of the 16-bit one that a GPU would hold.
+    """
+    wide = config.kv_dtype == "auto" and model.dtype == torch.float32
+    return replace(config, room=1, kv_dtype="float16" if wide else config.kv_dtype)
+
+
 def compression(config: CompressionConfig, usage: CacheUsage) -> Compression:
     """The record of what a cache kept. The baseline counts as `transformers` stores it, without our bookkeeping."""
     kv_bytes = usage.full_kv_bytes if config.method == "full" else usage.kv_bytes
@@ -68,12 +77,12 @@ def measure(
         model: a causal language model; runs under the "pyramidkv" attention while measured, then as before.
         name: its name, for the records.
         chunks: token ids, each chunk context + target + 1 long.
-        configs: what to compare with the full cache. `room` is ignored: nothing is decoded here.
+        configs: what to compare with the full cache; measured as `stored` says.
         context: tokens prefilled and compressed.
     """
     target = len(chunks[0]) - context - 1
     check_lengths(context, target, configs)
-    every = [FULL, *(replace(c, room=1) for c in configs)]
+    every = [stored(config, model) for config in (FULL, *configs)]
     nll: list[list[float]] = [[] for _ in every]
     before = model.config._attn_implementation
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
 from pyramidkv.config import CompressionConfig
-from pyramidkv.evaluate.perplexity import FULL, compression
+from pyramidkv.evaluate.perplexity import FULL, compression, stored
 from pyramidkv.evaluate.prefill import prefill
 from pyramidkv.evaluate.schema import Compression, Recall
 from pyramidkv.evaluate.tasks import Example, Probe
@@ -36,7 +36,7 @@ def measure(
         context: the context length that they were made for, in tokens, for the record.
         question_aware: compress context and question together, so that the method knows what will be asked.
     """
-    every = [FULL, *(replace(c, room=1) for c in configs)]
+    every = [stored(config, model) for config in (FULL, *configs)]
     correct: list[list[int]] = [[] for _ in every]
     probes: list[int] = []
     before = model.config._attn_implementation
