@@ -65,6 +65,15 @@ def test_a_run_writes_every_kind_of_record(folder, tmp_path):
     assert ("speed at batch 1", 2, 2) in seen
 
 
+def test_corpora_named_take_the_place_of_the_default(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    named, skipped = bench._corpora(Settings(configs=(CONFIG,), text=(f"mine={tmp_path}",)))
+    assert ([c.name for c in named], skipped) == (["mine"], [])
+    named, skipped = bench._corpora(Settings(configs=(CONFIG,)))
+    assert [c.name for c in named] == [texts.load("python-reference").name]
+    assert [s.what for s in skipped] == ["perplexity on wikitext-2", "perplexity on pg19"]
+
+
 def test_random_weights_are_measured_for_speed_alone(tmp_path, monkeypatch):
     made = model("gpt_neox-2-2-32")
     loaded = bench.LoadedModel(made, None, "random:tiny", True, 1)
@@ -122,6 +131,9 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="out="):
         bench.run(settings(folder, metrics=("speed",)), tmp_path / "file" / "below")
+    (tmp_path / schema.RESULTS).mkdir()
+    with pytest.raises(schema.DataError, match="can't be written"):
+        schema.append(tmp_path / schema.RESULTS, schema.Skipped("a", "b"))
 
 
 @pytest.mark.parametrize(

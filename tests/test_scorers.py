@@ -6,7 +6,8 @@ import torch
 import pyramidkv
 from families import model, padded_batch
 from pyramidkv.config import CompressionConfig
-from pyramidkv.scorers import METHODS, Observation
+from pyramidkv.methods import METHODS
+from pyramidkv.scorers import Observation
 
 KEYS = 10
 

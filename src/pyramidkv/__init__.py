@@ -9,8 +9,9 @@ from pyramidkv.attention import register as _register_attention
 from pyramidkv.cache import PyramidKVCache
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import CompressionWarning, ConfigError, DataError, PyramidKVError, UnsupportedError
+from pyramidkv.methods import methods, register
 from pyramidkv.monkeypatch import replace_gptneox, replace_llama, replace_mistral
-from pyramidkv.scorers import Observation, Scorer, methods, register
+from pyramidkv.scorers import Observation, Scorer
 from pyramidkv.session import Session, compress
 
 __version__ = "0.1.0"

@@ -17,17 +17,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError, UnsupportedError
+from pyramidkv.methods import METHODS
 from pyramidkv.ops.attention import attention
 from pyramidkv.ops.decode_attention import decode_attention, why_naive
 from pyramidkv.ops.select import select
 from pyramidkv.packed import PackedStorage
 from pyramidkv.plan import Plan, limits
-from pyramidkv.scorers import METHODS, Observation, Scorer
+from pyramidkv.scorers import Observation, Scorer
 from pyramidkv.shape import cache_shape
+from pyramidkv.sliding import SlidingLayer
 from pyramidkv.storage import Storage
 from pyramidkv.usage import CacheUsage, LayerUsage
 
@@ -318,28 +320,6 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.storage = PackedStorage.pack(
             storage, bits=config.bits, recent=config.recent, tokens=tokens, room=config.room
         )
-
-
-class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """A sliding-window layer that lets the prompt go: the plain one keeps its window as a view of all the keys."""
-
-    keys: Tensor
-    values: Tensor
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take new keys and values; return the window before them, and them."""
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if key_states.shape[2] > 1 and self.keys.shape[2] < keys.shape[2]:
-            self.keys, self.values = self.keys.clone(), self.values.clone()
-        # As in the other layers, no gradient flows through what is stored.
-        self.keys, self.values = self.keys.detach(), self.values.detach()
-        return keys, values
-
-    def reset(self) -> None:
-        """Forget everything; before transformers 5.20 the plain layer keeps its (zeroed) window and its batch size."""
-        super().reset()
-        self.keys, self.values, self.is_initialized = None, None, False  # type: ignore[assignment]
-        self.cumulative_length = 0
 
 
 class PyramidKVCache(Cache):  # type: ignore[misc]

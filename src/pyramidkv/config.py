@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from pyramidkv.errors import ConfigError
+from pyramidkv.methods import METHODS
 
 AMOUNTS = ("budget", "keep", "share", "bytes")
 BITS = (16, 8, 4)
@@ -64,9 +65,6 @@ class CompressionConfig:
     room: int = 128
 
     def __post_init__(self) -> None:
-        # Imported here, since scorers read this class; a method's name can only be checked against them.
-        from pyramidkv.scorers import METHODS
-
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise ConfigError(f"method={self.method!r}: {unknown(self.method, METHODS)}")
         self._fill()
@@ -134,8 +132,6 @@ class CompressionConfig:
 
     def _own(self) -> dict[str, Any]:
         """The method's own values of the settings that depend on it."""
-        from pyramidkv.scorers import METHODS
-
         method = METHODS[self.method]
         recent = self.window
         if method.recent is not None and isinstance(recent, int):

@@ -13,7 +13,7 @@ import transformers
 
 from pyramidkv.config import CompressionConfig, unknown
 from pyramidkv.errors import ConfigError
-from pyramidkv.scorers import METHODS
+from pyramidkv.methods import METHODS
 from pyramidkv.session import Session
 
 _NONE = ("fullkv", "full")

@@ -9,8 +9,8 @@ from fractions import Fraction
 from pyramidkv.budget import layer_budgets, total_for_share
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError
+from pyramidkv.methods import METHODS
 from pyramidkv.packed import packed_bytes
-from pyramidkv.scorers import METHODS
 from pyramidkv.shape import CacheShape
 from pyramidkv.storage import Spec
 

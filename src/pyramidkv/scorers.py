@@ -6,18 +6,15 @@ To add one: a class with `score`, and `@register("name", schedule=...)` above it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from pyramidkv.config import CompressionConfig
+from pyramidkv.methods import register
 from pyramidkv.ops.window_scores import window_scores
-
-if TYPE_CHECKING:
-    from pyramidkv.config import CompressionConfig
 
 
 @dataclass(frozen=True)
@@ -45,38 +42,6 @@ class Scorer(ABC):
 
         No score outranks the newest tokens, which are always kept, and none of -inf or NaN leaves a slot empty.
         """
-
-
-@dataclass(frozen=True)
-class Method:
-    """A scorer and the layer schedule it goes with; `scorer` is None for the full cache."""
-
-    name: str
-    schedule: str
-    scorer: Callable[[CompressionConfig], Scorer] | None
-    summary: str
-    # Its own values of settings that a user may leave out; see `CompressionConfig`.
-    window: int = 32
-    recent: int | None = None  # None: as many as `window`
-    kernel: int = 5
-    bits: int = 16
-
-
-METHODS: dict[str, Method] = {"full": Method("full", "uniform", None, "keep everything: the baseline")}
-
-
-def register(name: str, *, schedule: str = "uniform", **settings: Any) -> Callable[[type[Scorer]], type[Scorer]]:
-    """Make a scorer available as `method=name`, with layer budgets by `schedule` ("uniform" or "pyramid").
-
-    `settings` are the method's own values of `window`, `recent`, `kernel` and `bits`, where they differ from the usual.
-    """
-
-    def add(scorer: type[Scorer]) -> type[Scorer]:
-        summary = (scorer.__doc__ or "").strip().split("\n")[0]
-        METHODS[name] = Method(name, schedule, scorer, summary, **settings)
-        return scorer
-
-    return add
 
 
 @register("pyramidkv", schedule="pyramid")
@@ -172,8 +137,3 @@ def pool(scores: Tensor, kernel: int, kind: str, valid: Tensor | None = None) ->
     total = avg_pool1d(scores.masked_fill(~valid, 0.0), kernel, stride=1, padding=pad)
     share = avg_pool1d(valid.float(), kernel, stride=1, padding=pad)
     return total / share.clamp(min=1 / (2 * kernel))  # no valid neighbour: the score is 0 either way
-
-
-def methods() -> dict[str, str]:
-    """Every method's name and what it does, in one line each."""
-    return {name: method.summary for name, method in METHODS.items()}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyramidkv.cli.options import Device, Dtype, Force, Json, Model, compression_options, config_from
-from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, note, out
+from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, out
 
 if TYPE_CHECKING:
     from pyramidkv.config import CompressionConfig
@@ -42,8 +42,8 @@ def bench(
     corpus: Annotated[
         list[str] | None,
         typer.Option(
-            help="python-reference, wikitext-2 or pg19; may be repeated. Default: the first, and the other two if the "
-            "hub answers.",
+            help="python-reference, wikitext-2 or pg19; may be repeated. Default, without --text: the first, and the "
+            "other two if the hub answers.",
             rich_help_panel=_QUALITY,
         ),
     ] = None,
@@ -81,6 +81,7 @@ def bench(
 
         pyramidkv bench --text wikitext-2=wiki.test.txt --text pg19=books/ --ablations
     """
+    import pyramidkv.report
     from pyramidkv.evaluate.bench import METRICS, Settings, run
 
     config = config_from(options)
@@ -103,6 +104,7 @@ def bench(
         repeats=repeats,
     )
     settings.check()
+    pyramidkv.report.require_packages()
     where = folder or Path("results") / datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H-%M-%S")
     calm_libraries()
     with (
@@ -116,7 +118,7 @@ def bench(
 def _others(config: CompressionConfig, ablations: bool) -> list[CompressionConfig]:
     """What to measure beside `config`, at equal bytes: the preset "auto"; for ablations every method and the slopes."""
     from pyramidkv.config import CompressionConfig
-    from pyramidkv.scorers import METHODS
+    from pyramidkv.methods import METHODS
 
     others = []
     for name in METHODS if ablations else ("auto",):
@@ -151,17 +153,12 @@ def progress() -> Iterator[Progress]:
 
 
 def show_report(results: Path, folder: Path, *, overwrite: bool, as_json: bool) -> None:
-    """Write the report beside the results and print its tables; without the report extra, the tables alone."""
+    """Write the report beside the results and print its tables."""
     import pyramidkv.report
-    from pyramidkv.errors import ConfigError
     from pyramidkv.report import Results, headline, methods_table, summary_table
 
     read = Results.from_file(results)
-    try:
-        written = pyramidkv.report.write(results, folder, force=overwrite)
-    except ConfigError as error:
-        written = []
-        note(f"no report written: {error}")
+    written = pyramidkv.report.write(results, folder, force=overwrite)
     if as_json:
         json_out({"headline": headline(read), "files": [str(path) for path in (results, *written)]})
         return

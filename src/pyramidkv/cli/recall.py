@@ -53,7 +53,7 @@ def recall(
     from pyramidkv.config import CompressionConfig
     from pyramidkv.evaluate.bench import Settings, run
     from pyramidkv.evaluate.tasks import TASKS
-    from pyramidkv.scorers import METHODS
+    from pyramidkv.methods import METHODS
 
     chosen = method or [m for m in METHODS if m != "full"]
     settings = Settings(

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from pyramidkv.cli.options import Force, Json
-from pyramidkv.cli.output import json_out, out
 
 
 def report(
@@ -27,17 +26,9 @@ def report(
 
         pyramidkv report results --out docs/report --force
     """
-    import pyramidkv.report
-    from pyramidkv.report import Results, headline, summary_table
+    from pyramidkv.cli.bench import show_report
+    from pyramidkv.evaluate.schema import RESULTS
 
     if results.is_dir():
-        results = results / "results.jsonl"
-    read = Results.from_file(results)
-    paths = pyramidkv.report.write(results, folder or results.parent, force=force)
-    if as_json:
-        json_out({"headline": headline(read), "files": [str(path) for path in paths]})
-        return
-    out.print(summary_table(read).rich())
-    out.print(headline(read), markup=False)
-    for path in paths:
-        out.print(f"wrote {path}", markup=False, soft_wrap=True)
+        results = results / RESULTS
+    show_report(results, folder or results.parent, overwrite=force, as_json=as_json)

@@ -25,9 +25,9 @@ from pyramidkv.config import CompressionConfig, unknown
 from pyramidkv.errors import ConfigError, DataError
 from pyramidkv.evaluate import perplexity, recall, schema, speed, tasks, texts
 from pyramidkv.evaluate.schema import Layers, Record, Run, Skipped
+from pyramidkv.methods import METHODS
 from pyramidkv.models.hub import hub_problem
 from pyramidkv.models.source import DEFAULT_MODEL, LoadedModel, load_model
-from pyramidkv.scorers import METHODS
 
 METRICS = ("perplexity", "recall", "speed")
 
@@ -44,7 +44,8 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     metrics: tuple[str, ...] = METRICS
-    corpora: tuple[str, ...] = ()  # none: the Python reference, and those of the hub if it answers
+    # Neither corpora nor text: the Python reference, and those of the hub if it answers.
+    corpora: tuple[str, ...] = ()
     text: tuple[str, ...] = ()  # NAME=FILE_OR_FOLDER
     context: int = 1536
     target: int = 512
@@ -161,27 +162,24 @@ def _existing(path: Path, resume: bool, force: bool) -> list[Record]:
 def _write_first(path: Path, head: Run) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        schema.append(path, head)
     except OSError as error:
-        raise ConfigError(f"out={str(path.parent)!r}: can't be written: {error.strerror}") from error
+        raise ConfigError(f"out={str(path.parent)!r}: can't be made: {error.strerror}") from error
+    schema.append(path, head)
 
 
 def _corpora(settings: Settings) -> tuple[list[texts.Corpus], list[Skipped]]:
     """The corpora to measure on, and those left out of the default because the hub can't be reached."""
     if "perplexity" not in settings.metrics:
         return [], []
-    own = [texts.parse_text(argument) for argument in settings.text]
-    if settings.corpora:
-        return [*(texts.load(name) for name in settings.corpora), *own], []
-    given = {corpus.name for corpus in own}
-    hub = [name for name in texts.NAMES if name != texts.LOCAL and name not in given]
-    problem = hub_problem()
-    if problem is None:
-        return [texts.load(texts.LOCAL), *(texts.load(name) for name in hub), *own], []
+    if settings.corpora or settings.text:
+        named = [texts.load(name) for name in settings.corpora]
+        return [*named, *(texts.parse_text(argument) for argument in settings.text)], []
+    local = texts.load(texts.LOCAL)
+    hub = [name for name in texts.NAMES if name != texts.LOCAL]
+    if hub_problem() is None:
+        return [local, *(texts.load(name) for name in hub)], []
     reason = "not measured: the hub can't be reached; give a copy with --text"
-    return [texts.load(texts.LOCAL), *own], [
-        Skipped(f"perplexity on {name}", f"{reason} {name}=FILE_OR_FOLDER") for name in hub
-    ]
+    return [local], [Skipped(f"perplexity on {name}", f"{reason} {name}=FILE_OR_FOLDER") for name in hub]
 
 
 def _head(settings: Settings, loaded: LoadedModel) -> Run:

@@ -22,7 +22,7 @@ from pyramidkv.errors import ConfigError, PyramidKVError
 from pyramidkv.evaluate.prefill import prefill
 from pyramidkv.evaluate.schema import Compression, Perplexity
 from pyramidkv.evaluate.texts import Corpus
-from pyramidkv.scorers import METHODS
+from pyramidkv.methods import METHODS
 from pyramidkv.usage import CacheUsage
 
 FULL = CompressionConfig(method="full")

@@ -194,11 +194,14 @@ def _tuples(value: Any) -> Any:
 
 
 def append(path: Path, record: Record) -> None:
-    """Append one record and flush it to disk, so that an interrupted run leaves whole lines."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(to_json(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one record and flush it to disk, so that an interrupted run leaves whole lines. Raises `DataError`."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(to_json(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DataError(f"{path}: can't be written: {error.strerror}; lines before it are whole") from error
 
 
 def read(path: Path) -> list[Record]:

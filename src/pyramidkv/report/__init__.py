@@ -23,6 +23,7 @@ __all__ = [
     "engines_table",
     "headline",
     "methods_table",
+    "require_packages",
     "summary_table",
     "workload_tables",
     "write",
@@ -37,7 +38,7 @@ def write(results: Path, out: Path, *, force: bool = False) -> list[Path]:
     Nothing is written before all of it has been made. Raises `ConfigError` if a file is already there and `force` is
     not given, if `out` cannot be written, or if a package is missing; `DataError` if `results` cannot be read.
     """
-    _require("matplotlib", "jinja2")
+    require_packages()
     _refuse_overwrite(out, force)
     made = _make(Results.from_file(results))
     try:
@@ -75,8 +76,9 @@ def _make(results: Results) -> dict[str, bytes]:
     }
 
 
-def _require(*modules: str) -> None:
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+def require_packages() -> None:
+    """Raise `ConfigError` if a package that `write` needs is missing; better before a long measurement than after."""
+    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"a report needs {' and '.join(missing)}: pip install 'pyramidkv[report]'")
 
