@@ -167,6 +167,7 @@ def test_a_corpus_asked_for_by_name_must_be_there(tmp_path, monkeypatch):
         raise ConnectionError
 
     monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", gone)
+    monkeypatch.setattr(texts, "hub_problem", lambda: None)
     with pytest.raises(schema.DataError, match="--text pg19="):
         bench.run(settings("unused", corpora=("pg19",)), tmp_path / "never")
 

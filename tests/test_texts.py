@@ -8,6 +8,11 @@ from pyramidkv.errors import ConfigError, DataError
 from pyramidkv.evaluate import texts
 
 
+@pytest.fixture(autouse=True)
+def hub(monkeypatch):
+    monkeypatch.setattr(texts, "hub_problem", lambda: None)
+
+
 class Words:
     """A tokenizer of one id a word."""
 
@@ -68,6 +73,15 @@ def test_a_hub_that_fails_is_an_error_that_says_what_to_do(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match="--text pg19=FILE_OR_FOLDER"):
         texts.load("pg19")
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_again(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("it was asked"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(texts, "hub_problem", lambda: "it does not answer")
+    with pytest.raises(DataError, match="it does not answer; with a copy on disk, use --text wikitext-2="):
+        texts.load("wikitext-2")
 
 
 def test_hub_lines_are_joined_and_hub_books_are_not(monkeypatch):

@@ -28,15 +28,18 @@ class Method:
 METHODS: dict[str, Method] = {"full": Method("full", "uniform", None, "keep everything: the baseline")}
 
 
-def register(name: str, *, schedule: str = "uniform", **settings: Any) -> Callable[[ScorerClass], ScorerClass]:
+def register(
+    name: str, *, schedule: str = "uniform", summary: str = "", **settings: Any
+) -> Callable[[ScorerClass], ScorerClass]:
     """Make a scorer available as `method=name`, with layer budgets by `schedule` ("uniform" or "pyramid").
 
-    `settings` are the method's own values of `window`, `recent`, `kernel` and `bits`, where they differ from the usual.
+    `summary` is one line for lists of methods; without it, the first line of the scorer's docstring. `settings` are the
+    method's own values of `window`, `recent`, `kernel` and `bits`, where they differ from the usual.
     """
 
     def add(scorer: ScorerClass) -> ScorerClass:
-        summary = (scorer.__doc__ or "").strip().split("\n")[0]
-        METHODS[name] = Method(name, schedule, scorer, summary, **settings)
+        line = summary or (scorer.__doc__ or "").strip().split("\n")[0]
+        METHODS[name] = Method(name, schedule, scorer, line, **settings)
         return scorer
 
     return add

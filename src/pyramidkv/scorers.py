@@ -44,7 +44,11 @@ class Scorer(ABC):
         """
 
 
-@register("pyramidkv", schedule="pyramid")
+@register(
+    "pyramidkv",
+    schedule="pyramid",
+    summary="The score of snapkv, with more tokens in lower layers and fewer in upper ones (arXiv 2406.02069).",
+)
 @register("snapkv")
 class WindowScorer(Scorer):
     """Attention from the last `window` queries, pooled over neighbours (SnapKV, arXiv 2404.14469, section 4)."""
@@ -71,7 +75,7 @@ class WindowScorer(Scorer):
         return scores
 
 
-@register("auto", window=1024, recent=32, kernel=1, bits=4)
+@register("auto", window=1024, recent=32, kernel=1, bits=4, summary="rms in 4 bits: more tokens in the same bytes.")
 @register("rms", window=1024, recent=32, kernel=1)
 class WideWindowScorer(WindowScorer):
     """Root mean square attention from the last `window` queries, over those that can see a key."""

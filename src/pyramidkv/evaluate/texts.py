@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from pyramidkv.config import unknown
 from pyramidkv.errors import ConfigError, DataError
+from pyramidkv.models.hub import hub_problem
 
 T = TypeVar("T")
 
@@ -92,8 +93,12 @@ def parse_text(argument: str) -> Corpus:
 def _from_hub(name: str, hub: _Hub) -> Corpus:
     try:
         import datasets
+        from huggingface_hub import constants
     except ImportError as error:
         raise DataError(f"corpus={name!r}: needs the datasets library: pip install 'pyramidkv[hub]'") from error
+    problem = hub_problem()
+    if problem is not None and not constants.HF_HUB_OFFLINE:  # offline by choice: it may be in the local cache
+        raise DataError(f"corpus={name!r}: {problem}; with a copy on disk, use --text {name}=FILE_OR_FOLDER")
     try:
         rows: Iterable[Any] = datasets.load_dataset(hub.path, hub.config, split="test")
         texts = [row["text"] for row in rows]
