@@ -220,3 +220,21 @@ def test_question_aware_recall_of_the_full_cache_is_the_same():
     *_, aware = recall.measure(trained, tokenizer, "m", examples, [config], context=400, question_aware=True)
     assert aware[0].correct == blind[0].correct
     assert aware[1].accuracy >= blind[1].accuracy
+
+
+@torch.no_grad()
+def test_every_question_is_asked_of_the_context_alone(monkeypatch):
+    trained, tokenizer = models.load()
+    examples = tasks.make_examples("kv", n=1, tokens=300, count_tokens=lambda t: len(tokenizer(t)["input_ids"]), seed=9)
+    context = len(tokenizer(examples[0].context)["input_ids"])
+    seen = []
+    ask = recall._is_right
+
+    def note(model, tokenizer, probe, cache, logits):
+        seen.append(cache.get_seq_length())
+        return ask(model, tokenizer, probe, cache, logits)
+
+    monkeypatch.setattr(recall, "_is_right", note)
+    list(recall.measure(trained, tokenizer, "m", examples, [CompressionConfig(keep=0.5)], context=300))
+    assert seen == [context] * 2 * len(examples[0].probes)
+    assert len(examples[0].probes) > 1

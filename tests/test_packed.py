@@ -150,6 +150,15 @@ def test_a_share_of_the_bytes_is_never_passed_and_nearly_used(method, share):
     assert held.evicted
 
 
+@pytest.mark.parametrize("method", ["auto", "rms"])
+def test_a_share_buys_as_many_tokens_as_it_pays_for(method):
+    shape = cache_shape(model("qwen2-4-2-64").config)
+    plan = Plan(pyramidkv.CompressionConfig(method=method, share=0.25, room=4), shape)
+    budgets = plan.budgets(900)
+    one_more = pyramidkv.CompressionConfig(method=method, budget=sum(budgets) // 3 + 1, room=4)
+    assert plan.kv_bytes(900) <= 0.25 * plan.full_bytes(900) < Plan(one_more, shape).kv_bytes(900)
+
+
 @torch.no_grad()
 def test_kv_dtype_stores_half_and_computes_as_before():
     plain = model("gpt_neox-2-2-80")
