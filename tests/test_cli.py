@@ -295,11 +295,16 @@ def test_interrupt(byte_model):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A test run in the background of a shell ignores Ctrl-C, and its children would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        assert process.stderr.readline()  # loaded
-        time.sleep(0.5)  # generating
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        try:
+            assert process.stderr.readline()  # loaded
+            time.sleep(0.5)  # generating
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()  # or leaving this block would wait for all its tokens
     assert process.returncode == 130
     assert b"interrupted: the text above" in err
     assert b"Traceback" not in err
