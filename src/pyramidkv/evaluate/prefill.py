@@ -12,7 +12,6 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from pyramidkv.cache import NewTokens, PyramidKVCache, PyramidKVLayer
 from pyramidkv.errors import PyramidKVError
-from pyramidkv.ops.attention import attention
 
 
 class _SharedLayer(PyramidKVLayer):
@@ -23,17 +22,13 @@ class _SharedLayer(PyramidKVLayer):
         super().__init__(first.layer, first.rank, first.plan, first.scorer)
         self.layers = layers
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scaling: float, dropout: float
-    ) -> Tensor:
-        new = new.to(key.device)
-        valid = self.visible(new, query.shape[2], key.shape[2])
-        out = attention(query, key, value, scaling, valid, dropout)
+    def absorb(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, new: NewTokens, scaling: float
+    ) -> None:
         for layer in self.layers:
             layer.start(key.shape[0])
             layer.absorb(query, key, value, valid, new, scaling)
         self.seen += query.shape[2]
-        return out
 
 
 def prefill(model: Any, ids: Tensor, caches: Sequence[PyramidKVCache], **inputs: Any) -> Tensor:

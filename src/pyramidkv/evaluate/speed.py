@@ -22,6 +22,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import PyramidKVError
 from pyramidkv.evaluate.schema import Compression, Speed, Spread
+from pyramidkv.plan import Plan
 from pyramidkv.session import compress
 from pyramidkv.shape import cache_shape
 
@@ -155,7 +156,8 @@ def _generate(model: Any, engine: Engine, ids: Tensor, new_tokens: int) -> _Timi
         with torch.no_grad():
             model.generate(ids, **arguments)
         peak = peak_bytes(device)
-        full = full_bytes(model, ids.shape[0], ids.shape[1] + new_tokens)
+        plain = Plan(CompressionConfig(method="full"), cache_shape(model.config))
+        full = plain.full_bytes(ids.shape[1] + new_tokens, batch=ids.shape[0], itemsize=model.dtype.itemsize)
         if session is None:
             kept = Compression("full", "", 1.0, full, full)
         else:
@@ -168,15 +170,6 @@ def _generate(model: Any, engine: Engine, ids: Tensor, new_tokens: int) -> _Timi
             kept = Compression(engine.config.method, engine.config.describe(), usage.keep, usage.kv_bytes, full)
     ticks = clock.ticks
     return _Timing(ticks[0] - start, (ticks[-1] - ticks[0]) / (len(ticks) - 1), peak, kept)
-
-
-def full_bytes(model: Any, batch: int, tokens: int) -> int:
-    """Bytes of the keys and values of `tokens` tokens a row, uncompressed, in the model's dtype."""
-    return sum(
-        2 * batch * layer.kv_heads * layer.head_dim * model.dtype.itemsize
-        * (tokens if layer.sliding_window is None else min(tokens, layer.sliding_window - 1))
-        for layer in cache_shape(model.config).layers
-    )  # fmt: skip
 
 
 def synchronize(device: torch.device) -> None:
