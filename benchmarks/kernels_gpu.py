@@ -14,7 +14,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -45,18 +44,17 @@ SWEEP_SUM = {
     1024: [(64, 128, 8, 3, 128), (64, 128, 8, 2, 128), (64, 256, 8, 3, 128), (128, 128, 8, 3, 128),
            (64, 128, 4, 3), (64, 64, 4, 3)],
 }  # fmt: skip
-# chunk, block, warps, stages, halves, dot
+# chunk, block, warps, stages, halves, dot, overlap
 SWEEP_DECODE = {
     "pythia-2.8b": [
-        (64, 64, 4, 1, True, False), (32, 32, 4, 1, True, False), (128, 64, 4, 1, True, False),
-        (128, 128, 8, 1, True, False), (32, 32, 4, 1, False, False), (64, 64, 4, 1, False, False),
-        (64, 64, 8, 1, False, False), (32, 32, 2, 1, True, False), (128, 32, 4, 2, True, False),
-        (256, 32, 4, 3, True, False), (64, 64, 4, 1, True, True), (128, 64, 4, 2, True, True),
-        (256, 64, 4, 3, True, True), (256, 128, 8, 2, True, True),
+        (256, 32, 4, 3, True, False, True), (256, 32, 4, 3, True, False, False), (128, 32, 4, 3, True, False, True),
+        (512, 32, 4, 3, True, False, True), (256, 32, 4, 4, True, False, True), (256, 32, 2, 3, True, False, True),
+        (512, 32, 2, 4, True, False, True), (1024, 32, 4, 4, True, False, True), (256, 64, 4, 2, True, False, True),
+        (256, 16, 2, 4, True, False, True), (128, 16, 2, 4, True, False, True), (256, 64, 4, 3, True, True, True),
     ],
     "llama-8b": [
-        (64, 64, 4, 2, True, True), (64, 64, 4, 1, True, True), (128, 128, 4, 1, True, True),
-        (128, 64, 4, 2, True, True), (256, 64, 4, 3, True, True), (256, 128, 8, 2, True, True),
+        (64, 64, 4, 2, True, True, True), (128, 64, 4, 2, True, True, True), (256, 64, 4, 3, True, True, True),
+        (128, 32, 4, 3, True, True, True), (256, 32, 2, 4, True, True, True), (512, 64, 4, 3, True, True, True),
     ],
 }  # fmt: skip
 
@@ -153,20 +151,19 @@ def check(report: dict) -> None:
             ((query, keys_, values, length, scaling), *_) = decode_sets(model, rows, slots)
             start = torch.randint(0, slots, (rows, kv_heads), dtype=torch.int32, device="cuda")
             each = torch.randint(1, slots, (rows, kv_heads), dtype=torch.int32, device="cuda").maximum(start + 1)
-            counters = torch.zeros(rows * heads, dtype=torch.int32, device="cuda")
-            plan = decode.choose(slots + ROOM, rows * kv_heads, heads // kv_heads, size, dtype.itemsize)
-            overlap = decode.Blocks(*astuple(plan)[:6], True)
+            modes = {
+                name: decode.choose(slots + ROOM, rows * kv_heads, heads // kv_heads, size, dtype.itemsize, overlap)
+                for name, overlap in (("one after the other", False), ("overlap", True))
+            }
             for lengths, starts in ((length, None), (slots, None), (each, start)):
                 expected = decode_naive.decode_attention(
                     query.float(), keys_.float(), values.float(), lengths, starts, scaling
                 )
-                for mode, options in (
-                    ("two kernels", {}), ("counters", {"counters": counters}), ("overlap", {"blocks": overlap})
-                ):  # fmt: skip
+                for mode, blocks in modes.items():
                     for _ in range(3):  # a race would move
                         errors = found.setdefault(f"decode {model} {mode}", [])
                         try:
-                            got = decode.decode_attention(query, keys_, values, lengths, starts, scaling, **options)
+                            got = decode.decode_attention(query, keys_, values, lengths, starts, scaling, blocks=blocks)
                             errors.append(error(got, expected))
                         except Exception as problem:
                             errors.append(float("nan"))
@@ -183,16 +180,16 @@ def decode_row(model: str, rows: int, slots: int, bandwidth: float) -> dict:
     heads, kv_heads, size, dtype = MODELS[model]
     row: dict = {"model": model, "rows": rows, "slots": slots}
     row["floor"] = 2 * rows * kv_heads * slots * size * dtype.itemsize / bandwidth / 1e6
-    counters = torch.zeros(rows * heads, dtype=torch.int32, device="cuda")
 
-    def ours(**options: object) -> float:
+    def ours(overlap: bool, new: tuple[Tensor, Tensor] | None = None) -> float:
+        plan = decode.choose(slots + ROOM, rows * kv_heads, heads // kv_heads, size, dtype.itemsize, overlap)
         return microseconds(
-            [lambda s=s: decode.decode_attention(*s[:4], None, s[4], **options) for s in sets]  # type: ignore[misc]
+            [lambda s=s: decode.decode_attention(*s[:4], None, s[4], new, blocks=plan) for s in sets]  # type: ignore[misc]
         )
 
-    row["two kernels"], row["counters"] = ours(), ours(counters=counters)
-    plan = decode.choose(slots + ROOM, rows * kv_heads, heads // kv_heads, size, dtype.itemsize)
-    row["overlap"] = ours(blocks=decode.Blocks(*astuple(plan)[:6], True))
+    row["one after the other"], row["overlap"] = ours(False), ours(True)
+    fresh = torch.randn(rows, kv_heads, 1, size, device="cuda", dtype=dtype)
+    row["with a new token"] = ours(True, (fresh, fresh))
 
     def torch_ones(backend: SDPBackend) -> float:
         def one(query: Tensor, keys: Tensor, values: Tensor, _: Tensor, scaling: float) -> Tensor:
@@ -210,22 +207,13 @@ def decode_row(model: str, rows: int, slots: int, bandwidth: float) -> dict:
 
 def decode_sweep(model: str, rows: int, slots: int, seconds: float) -> dict[str, float]:
     sets = decode_sets(model, rows, slots)
-    counters = torch.zeros(rows * MODELS[model][0], dtype=torch.int32, device="cuda")
     found: dict[str, float] = {}
-
-    def measure(name: str, plan: decode.Blocks, count: Tensor | None) -> None:
-        found[name] = microseconds(
-            [lambda s=s: decode.decode_attention(*s[:4], None, s[4], counters=count, blocks=plan) for s in sets]
-        )
-
     for options in SWEEP_DECODE[model]:
-        if elapsed() > seconds:
-            break
-        measure(str(options), decode.Blocks(*options), None)
-    for options in sorted(SWEEP_DECODE[model], key=lambda o: found.get(str(o), 1e9))[:2]:
         if elapsed() < seconds:
-            measure(f"{options} counters", decode.Blocks(*options), counters)
-            measure(f"{options} overlap", decode.Blocks(*options, True), None)
+            plan = decode.Blocks(*options)
+            found[str(options)] = microseconds(
+                [lambda s=s, p=plan: decode.decode_attention(*s[:4], None, s[4], blocks=p) for s in sets]
+            )
     return found
 
 

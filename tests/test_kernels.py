@@ -75,8 +75,8 @@ def scores_case(shape, dtype, kind, device="cpu"):
     return query, key, valid
 
 
-def decode_case(shape, dtype, kind, device="cpu"):
-    """Queries, buffers that are NaN where no slot is used, lengths and starts."""
+def decode_case(shape, dtype, kind, device="cpu", room=False):
+    """Queries, buffers that are NaN where no slot is used, lengths, starts; `room`: a slot is free everywhere."""
     batch, heads, kv_heads, size, capacity = shape
     query = random(batch, heads, 1, size, seed=1, dtype=dtype, device=device)
     keys = random(batch, kv_heads, capacity, size, seed=2, dtype=dtype, device=device)
@@ -90,7 +90,7 @@ def decode_case(shape, dtype, kind, device="cpu"):
     elif kind == "none":
         length, lengths = 0, 0
     else:  # each row and head its own, one of them with no slots
-        length = lengths = (capacity - rows * 11) % (capacity + 1)
+        length = lengths = (capacity - room - rows * 11) % (capacity + 1 - room)
         start = (lengths * (rows % 3)) // 3
         start[-1, -1] = lengths[-1, -1]
         lengths = lengths[..., None]
@@ -102,6 +102,13 @@ def decode_case(shape, dtype, kind, device="cpu"):
     keys, values = keys.masked_fill(~used, float("nan")), values.masked_fill(~used, float("nan"))
     length, start = (x.to(device) if isinstance(x, torch.Tensor) else x for x in (length, start))
     return query, keys, values, length, start, used[..., 0]
+
+
+def new_token(keys):
+    """Key and value of one more token, views of one fused projection."""
+    batch, heads, _, size = keys.shape
+    fused = random(batch, heads, 1, 2 * size, seed=4, dtype=keys.dtype, device=keys.device)
+    return fused[..., :size], fused[..., size:]
 
 
 def exact_scores(query, key, scaling, valid, power, per_visible):
@@ -156,6 +163,22 @@ def test_decode_attention_is_its_definition(shape, kind):
     got = decode_attention(query, keys, values, length, start, 0.2)
     assert got.shape == query.shape
     assert distance(got, exact_decode(query, keys, values, used, 0.2)) < 1e-5
+
+
+@pytest.mark.parametrize("shape", DECODE)
+@pytest.mark.parametrize("kind", ["number", "one", "each", "none"])
+def test_a_new_token_is_attended_to_and_written(shape, kind):
+    query, keys, values, length, start, used = decode_case(shape, torch.float32, kind, room=True)
+    new = new_token(keys)
+    got = decode_attention(query, keys, values, length, start, 0.2, new)
+    slot = torch.arange(shape[-1])
+    lengths = (
+        length if isinstance(length, int) else length.reshape(-1, 1, 1) if length.numel() == 1 else length[..., None]
+    )
+    used = used | (slot == lengths)
+    assert distance(got, exact_decode(query, keys, values, used, 0.2)) < 1e-5
+    for buffer, tensor in zip((keys, values), new, strict=True):
+        assert torch.equal(buffer[used & (slot == lengths)], tensor.flatten(0, 2))
 
 
 def test_the_dtype_of_the_query_comes_back():
@@ -224,15 +247,17 @@ def test_interpreted_window_scores_in_half_precision(split):
 @interpreted
 @pytest.mark.parametrize("shape", DECODE)
 @pytest.mark.parametrize("kind", ["number", "one", "each", "none"])
-@pytest.mark.parametrize("counted", [False, True])
-def test_interpreted_decode_attention(shape, kind, counted):
+@pytest.mark.parametrize("fresh", [False, True])
+def test_interpreted_decode_attention(shape, kind, fresh):
     from pyramidkv.ops.decode_attention import triton
 
-    query, keys, values, length, start, _ = decode_case(shape, torch.float32, kind)
-    counters = torch.zeros(shape[0] * shape[1], dtype=torch.int32) if counted else None
-    got = triton.decode_attention(query, keys, values, length, start, 0.2, counters=counters)
-    assert distance(got, decode_naive.decode_attention(query, keys, values, length, start, 0.2)) < 1e-5
-    assert counters is None or not counters.any()
+    query, keys, values, length, start, _ = decode_case(shape, torch.float32, kind, room=fresh)
+    new = new_token(keys) if fresh else None
+    before = keys.clone(), values.clone()
+    got = triton.decode_attention(query, keys, values, length, start, 0.2, new)
+    assert distance(got, decode_naive.decode_attention(query, *before, length, start, 0.2, new)) < 1e-5
+    for buffer, expected in zip((keys, values), before, strict=True):
+        assert torch.equal(buffer.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 @interpreted
@@ -279,16 +304,16 @@ def test_gpu_window_scores(dtype, kind, heads, window):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["number", "one", "each", "none"])
 @pytest.mark.parametrize("heads", [(32, 32, 80), (32, 8, 128), (28, 4, 128), (4, 1, 256), (8, 8, 96), (8, 4, 64)])
-@pytest.mark.parametrize("counted", [False, True])
-def test_gpu_decode_attention(dtype, kind, heads, counted):
-    query, keys, values, length, start, _ = decode_case((7, *heads, 1691), dtype, kind, "cuda")
-    counters = torch.zeros(query.shape[0] * query.shape[1], dtype=torch.int32, device="cuda") if counted else None
-    got = decode_attention(query, keys, values, length, start, heads[2] ** -0.5, counters=counters)
-    expected = decode_naive.decode_attention(
-        query.float(), keys.float(), values.float(), length, start, heads[2] ** -0.5
-    )
+@pytest.mark.parametrize("fresh", [False, True])
+def test_gpu_decode_attention(dtype, kind, heads, fresh):
+    query, keys, values, length, start, _ = decode_case((7, *heads, 1691), dtype, kind, "cuda", room=fresh)
+    new = new_token(keys) if fresh else None
+    exact = keys.float(), values.float()
+    expected = decode_naive.decode_attention(query.float(), *exact, length, start, heads[2] ** -0.5, new)
+    got = decode_attention(query, keys, values, length, start, heads[2] ** -0.5, new)
     assert distance(got, expected) < ERROR[dtype]
-    assert counters is None or not counters.any()
+    for buffer, after in zip((keys, values), exact, strict=True):
+        assert torch.equal(buffer.float().nan_to_num(7.0), after.nan_to_num(7.0))
 
 
 @on_gpu

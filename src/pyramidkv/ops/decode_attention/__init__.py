@@ -18,8 +18,7 @@ def decode_attention(
     length: int | Tensor,
     start: Tensor | None,
     scaling: float,
-    *,
-    counters: Tensor | None = None,
+    new: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of one query a row over the slots in use of buffers that may be longer.
 
@@ -32,8 +31,8 @@ def decode_attention(
         length: slots in use; a number, or an int32 tensor of shape (1,) or (B, Hkv).
         start: (B, Hkv) int32, the first slot of each row and head that holds a token; None: 0.
         scaling: factor of the logits.
-        counters: at least B * Hkv int32 zeros that no other stream uses. With them the kernel joins its parts itself,
-            one launch fewer, and leaves zeros behind; None: a second kernel joins them. Plain torch ignores them.
+        new: key and value, (B, Hkv, 1, D) each, of a token to attend to as well and to write into slot `length`; None:
+            the slots in use are all there is.
 
     Returns:
         (B, Hq, 1, D) in the dtype of the query; zeros for rows with no slots.
@@ -43,5 +42,5 @@ def decode_attention(
         from pyramidkv.ops.decode_attention import triton
 
         with kernels.on(query.device):
-            return triton.decode_attention(query, keys, values, length, start, scaling, counters=counters)
-    return naive.decode_attention(query, keys, values, length, start, scaling)
+            return triton.decode_attention(query, keys, values, length, start, scaling, new)
+    return naive.decode_attention(query, keys, values, length, start, scaling, new)

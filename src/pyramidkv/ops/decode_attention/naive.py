@@ -7,7 +7,13 @@ from torch import Tensor
 
 
 def decode_attention(
-    query: Tensor, keys: Tensor, values: Tensor, length: int | Tensor, start: Tensor | None, scaling: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: int | Tensor,
+    start: Tensor | None,
+    scaling: float,
+    new: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention of one query a row over the slots [start, length) of its buffers.
 
@@ -17,12 +23,18 @@ def decode_attention(
         length: slots in use; a number, or an int32 tensor of shape (1,) or (B, Hkv).
         start: (B, Hkv) int32, the first slot of each row and head that holds a token; None: 0.
         scaling: factor of the logits.
+        new: key (B, Hkv, 1, D) and value (B, Hkv, 1, Dv) of a new token, attended to as well and written into slot
+            `length` of the buffers, which must be below C.
 
     Returns:
         (B, Hq, 1, Dv) in the dtype of the query; zeros for rows with no slots.
     """
     batch, heads = query.shape[:2]
     kv_heads, capacity = keys.shape[1], keys.shape[2]
+    if new is not None:
+        for buffer, tensor in zip((keys, values), new, strict=True):
+            _write(buffer, tensor, length)
+        length = length + 1
     if isinstance(length, int):  # nothing to mask behind it
         keys, values, capacity = keys[:, :, :length], values[:, :, :length], length
         end: int | Tensor = length
@@ -39,3 +51,13 @@ def decode_attention(
     probability = logits.masked_fill(~used[:, :, None], float("-inf")).softmax(-1)
     probability = probability.masked_fill(~used.any(-1)[..., None, None], 0.0)
     return (probability @ value).reshape(batch, heads, 1, -1).to(query.dtype)
+
+
+def _write(buffer: Tensor, tensor: Tensor, slot: int | Tensor) -> None:
+    """Put (B, H, 1, D) into a slot of each row and head of (B, H, C, D)."""
+    if isinstance(slot, int):
+        buffer[:, :, slot] = tensor[:, :, 0]
+        return
+    index = slot.long().reshape(1, 1) if slot.numel() == 1 else slot.long()
+    wide = index[..., None, None].expand_as(tensor)
+    buffer.scatter_(2, wide, tensor.to(buffer.dtype))

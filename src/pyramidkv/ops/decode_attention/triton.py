@@ -1,7 +1,7 @@
 """The same as `naive.py`, bound by the reading of keys and values alone.
 
-The keys of a row and head are split over several programs, each of which keeps a running softmax; their results are
-joined by a second kernel or, given counters, by the program that finishes last. Without grouped query heads a
+The keys of a row and head are split over several programs, each of which keeps a running softmax; a second kernel joins
+their results, adds a new token to them if there is one, and writes that into its slot. Without grouped query heads a
 product is a row of multiplications: each of BLOCK places of a tile keeps a softmax of its own through the loop, so that
 nothing crosses the warps before the end. Grouped heads are the rows of a tile and go through the tensor cores.
 """
@@ -31,18 +31,18 @@ class Blocks:
     stages: int  # depth of the software pipeline; 1: loads straight to registers
     halves: bool  # read a head size like 80 as 64 + 16 rather than as a masked 128
     dot: bool  # tensor cores
-    overlap: bool = False  # launch the joining kernel before the first has ended (Hopper and later)
+    overlap: bool = False  # launch the joining kernel before the first has ended (compute capability 9 and later)
 
 
-def choose(capacity: int, heads: int, groups: int, size: int, itemsize: int) -> Blocks:
+def choose(capacity: int, heads: int, groups: int, size: int, itemsize: int, overlap: bool) -> Blocks:
     """Tiles for (B * Hkv) `heads` of `groups` query heads."""
     dot = groups > 1
-    slots = (16384 if dot else 10240) // (size * itemsize)  # of 10 kB keys and as many values a program, eight at once
+    slots = (16384 if dot else 5120) // (size * itemsize)
     block = max(16, min(64, power_of_two(slots + 1) // 2))
-    chunk = block
+    chunk = block if dot else 8 * block
     while chunk < 1024 and heads * triton.cdiv(capacity, chunk) > 16384:
         chunk *= 2  # a few rounds of programs are plenty, and each costs a partial result
-    return Blocks(chunk, block, 4, 2 if dot else 1, halves=True, dot=dot)
+    return Blocks(chunk, block, 4, 2 if dot else 3, halves=True, dot=dot, overlap=overlap)
 
 
 @triton.jit
@@ -65,36 +65,6 @@ def _put(base, row, ok, x, FIRST: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.con
     channel = FIRST + tl.arange(0, WIDE)
     keep = ok[:, None] & (channel < SIZE)[None, :]
     tl.store(base + row[:, None] * SIZE + channel[None, :], x, mask=keep)
-
-
-@triton.jit
-def _join(part, lse, splits, row, low, high, out, PARTS: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.constexpr):
-    """The attention of one query head from its parts [low, high), PARTS at a time."""
-    channel = tl.arange(0, WIDE)
-    lane = tl.arange(0, PARTS)
-    tops = tl.full([PARTS], float("-inf"), tl.float32)
-    totals = tl.zeros([PARTS], tl.float32)
-    sums = tl.zeros([PARTS, WIDE], tl.float32)
-    first = row.to(tl.int64) * splits
-    # Not from L1, which may hold what the parts were before.
-    for step in range(low, high, PARTS):
-        there = step + lane < high
-        place = first + step + lane
-        weight = tl.load(lse + place, mask=there, other=float("-inf"), cache_modifier=".cg")
-        within = there[:, None] & (channel < SIZE)[None, :]
-        x = tl.load(part + place[:, None] * SIZE + channel[None, :], mask=within, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(tops, weight)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        fade = tl.exp2(tops - shift)
-        share = tl.exp2(weight - shift)
-        totals = totals * fade + share
-        sums = sums * fade[:, None] + x * share[:, None]
-        tops = higher
-    top = tl.max(tops, 0)
-    fade = tl.exp2(tops - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(totals * fade, 0)
-    mean = tl.sum(sums * fade[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out + row.to(tl.int64) * SIZE + channel, mean.to(out.dtype.element_ty), mask=channel < SIZE)
 
 
 @triton.jit
@@ -148,13 +118,12 @@ def _vector_step(
 
 @triton.jit(do_not_specialize=["length"])
 def split_kernel(
-    q, k, v, out, part, lse, counters, length, start,
+    q, k, v, part, lse, length, start,
     sqb, sqh, skb, skh, skn, svb, svh, svn, slb, slh, ssb, ssh,
     scale, kv_heads, capacity,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr,
-    TENSOR: tl.constexpr, HAS_START: tl.constexpr, COUNT: tl.constexpr, OVERLAP: tl.constexpr,
-    PARTS: tl.constexpr, WIDE: tl.constexpr,
+    TENSOR: tl.constexpr, HAS_START: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """(splits, B * Hkv) programs. Writes each query head's attention to a chunk of slots and its log2-sum-exp."""
     split, head = tl.program_id(0), tl.program_id(1)
@@ -239,32 +208,66 @@ def split_kernel(
                 mean = tl.sum(sums_rest * fade[:, None], 0) / scaled
                 tl.store(part + where * SIZE + channel, mean, mask=channel < SIZE)
             tl.store(lse + where, tl.where(total > 0, top + tl.log2(scaled), float("-inf")))
-    if COUNT:
-        tl.debug_barrier()  # every thread's results before the count
-        before = tl.atomic_add(counters + head, 1, sem="acq_rel", scope="gpu")
-        if before == splits - 1:  # the last one: all parts are there
-            tl.debug_barrier()
-            for group in tl.range(0, GROUPS):
-                _join(part, lse, splits, head * GROUPS + group, low, high, out, PARTS, WIDE, SIZE)
-            tl.store(counters + head, 0)
 
 
 @triton.jit(do_not_specialize=["length"])
 def join_kernel(
-    part, lse, out, length, start, slb, slh, ssb, ssh, splits, kv_heads, capacity,
+    part, lse, out, length, start, q, k, v, new_k, new_v,
+    slb, slh, ssb, ssh, sqb, sqh, skb, skh, skn, svb, svh, svn, snkb, snkh, snvb, snvh,
+    scale, splits, kv_heads, capacity,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
-    TENSOR: tl.constexpr, HAS_START: tl.constexpr, OVERLAP: tl.constexpr,
+    TENSOR: tl.constexpr, HAS_START: tl.constexpr, NEW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """(B * Hq,) programs: each joins the parts of one query head."""
+    """(B * Hq,) programs: each joins the parts of one query head, PARTS at a time, and the new token."""
     row = tl.program_id(0)
     head = row // GROUPS
-    begin, end = _used(
-        length, start, head // kv_heads, head % kv_heads, slb, slh, ssb, ssh, TENSOR, HAS_START
-    )  # fmt: skip
+    batch, kv_head = head // kv_heads, head % kv_heads
+    begin, end = _used(length, start, batch, kv_head, slb, slh, ssb, ssh, TENSOR, HAS_START)
     end = tl.minimum(end, capacity)
+    low, high = begin // CHUNK, tl.cdiv(end, CHUNK)
+    channel = tl.arange(0, WIDE)
+    inside = channel < SIZE
+    top = float("-inf")
+    total = 0.0
+    mean = tl.zeros([WIDE], tl.float32)
+    if NEW:  # while the first kernel still runs
+        batch, kv_head = batch.to(tl.int64), kv_head.to(tl.int64)
+        query = tl.load(q + batch * sqb + (row % (GROUPS * kv_heads)) * sqh + channel, mask=inside, other=0.0)
+        key = tl.load(new_k + batch * snkb + kv_head * snkh + channel, mask=inside, other=0.0)
+        value = tl.load(new_v + batch * snvb + kv_head * snvh + channel, mask=inside, other=0.0)
+        top = tl.sum(query.to(tl.float32) * key.to(tl.float32), 0) * scale
+        total = 1.0
+        mean = value.to(tl.float32)
+        if (row % GROUPS == 0) & (end < capacity):
+            tl.store(k + batch * skb + kv_head * skh + end.to(tl.int64) * skn + channel, key, mask=inside)
+            tl.store(v + batch * svb + kv_head * svh + end.to(tl.int64) * svn + channel, value, mask=inside)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    _join(part, lse, splits, row, begin // CHUNK, tl.cdiv(end, CHUNK), out, PARTS, WIDE, SIZE)
+    lane = tl.arange(0, PARTS)
+    tops = tl.full([PARTS], float("-inf"), tl.float32)
+    totals = tl.zeros([PARTS], tl.float32)
+    sums = tl.zeros([PARTS, WIDE], tl.float32)
+    first = row.to(tl.int64) * splits
+    for step in range(low, high, PARTS):
+        there = step + lane < high
+        place = first + step + lane
+        weight = tl.load(lse + place, mask=there, other=float("-inf"))
+        x = tl.load(part + place[:, None] * SIZE + channel[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        higher = tl.maximum(tops, weight)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        fade = tl.exp2(tops - shift)
+        share = tl.exp2(weight - shift)
+        totals = totals * fade + share
+        sums = sums * fade[:, None] + x * share[:, None]
+        tops = higher
+    highest = tl.maximum(tl.max(tops, 0), top)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    fade = tl.exp2(tops - shift)
+    share = tl.exp2(top - shift)
+    total = tl.sum(totals * fade, 0) + total * share
+    mean = tl.sum(sums * fade[:, None], 0) + mean * share
+    mean = mean / tl.where(total > 0, total, 1.0)
+    tl.store(out + row.to(tl.int64) * SIZE + channel, mean.to(out.dtype.element_ty), mask=inside)
 
 
 def decode_attention(
@@ -274,47 +277,52 @@ def decode_attention(
     length: int | Tensor,
     start: Tensor | None,
     scaling: float,
+    new: tuple[Tensor, Tensor] | None = None,
     *,
-    counters: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> Tensor:
     """As `naive.decode_attention`: (B, Hq, 1, D) over (B, Hkv, C, D) buffers; (B, Hq, 1, D).
 
-    Any strides do, as long as the channels lie side by side. `counters` as in the package's `decode_attention`.
+    Any strides do, as long as the channels lie side by side.
     """
     batch, heads, _, size = query.shape
     kv_heads, capacity = keys.shape[1], keys.shape[2]
     groups = heads // kv_heads
-    query, keys, values = dense(query), dense(keys), dense(values)
-    blocks = blocks or choose(capacity, batch * kv_heads, groups, size, keys.itemsize)
+    query = dense(query)
+    new_key, new_value = (query, query) if new is None else (dense(new[0]), dense(new[1]))
+    if new is None:
+        keys, values = dense(keys), dense(values)
+    elif keys.stride(-1) != 1 or values.stride(-1) != 1:
+        raise ValueError("buffers that a new token is written into need their channels side by side")
+    if blocks is None:
+        overlap = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
+        blocks = choose(capacity, batch * kv_heads, groups, size, keys.itemsize, overlap)
     splits = max(1, triton.cdiv(capacity, blocks.chunk))
     wide = power_of_two(size)
-    parts_at_once = (4096 if counters is None else 2048) // wide  # 32 or 16 registers of a thread
     first, rest = parts(size) if blocks.halves else (wide, 0)
     lengths = (0, 0) if isinstance(length, int) or length.numel() == 1 else length.stride()
     starts = (0, 0) if start is None else start.stride()
     out = torch.empty(batch, heads, 1, size, dtype=query.dtype, device=query.device)
     part = torch.empty(batch * heads, splits, size, dtype=torch.float32, device=query.device)
     lse = torch.empty(batch * heads, splits, dtype=torch.float32, device=query.device)
-    overlap = blocks.overlap and counters is None
+    scale = scaling * math.log2(math.e)
     split_kernel[(splits, batch * kv_heads)](
-        query, keys, values, out, part, lse, lse if counters is None else counters,
-        length, query if start is None else start,
+        query, keys, values, part, lse, length, query if start is None else start,
         *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3], *lengths, *starts,
-        scaling * math.log2(math.e), kv_heads, capacity,
+        scale, kv_heads, capacity,
         GROUPS=groups, SIZE=size, FIRST=first, REST=rest,
         CHUNK=blocks.chunk, BLOCK=blocks.block, STAGES=blocks.stages,
         DOT=blocks.dot or groups > 1, ROWS=max(16, power_of_two(groups)),
-        TENSOR=not isinstance(length, int), HAS_START=start is not None, COUNT=counters is not None,
-        OVERLAP=overlap, PARTS=parts_at_once, WIDE=wide,
+        TENSOR=not isinstance(length, int), HAS_START=start is not None, OVERLAP=blocks.overlap,
         num_warps=blocks.warps,
     )  # fmt: skip
-    if counters is not None:
-        return out
     join_kernel[(batch * heads,)](
-        part, lse, out, length, query if start is None else start, *lengths, *starts, splits, kv_heads, capacity,
-        GROUPS=groups, SIZE=size, CHUNK=blocks.chunk, PARTS=parts_at_once, WIDE=wide,
-        TENSOR=not isinstance(length, int), HAS_START=start is not None, OVERLAP=overlap, num_warps=4,
-        **({"launch_pdl": True} if overlap else {}),
+        part, lse, out, length, query if start is None else start, query, keys, values, new_key, new_value,
+        *lengths, *starts, *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
+        *new_key.stride()[:2], *new_value.stride()[:2],
+        scale, splits, kv_heads, capacity,
+        GROUPS=groups, SIZE=size, CHUNK=blocks.chunk, PARTS=4096 // wide, WIDE=wide,
+        TENSOR=not isinstance(length, int), HAS_START=start is not None, NEW=new is not None, OVERLAP=blocks.overlap,
+        num_warps=4, **({"launch_pdl": True} if blocks.overlap else {}),
     )  # fmt: skip
     return out
