@@ -86,3 +86,41 @@ def test_peak_memory_of_a_prefill_falls():
         return torch.cuda.memory_allocated() - before
 
     assert held(keep=0.25) < 0.35 * held(method="full")
+
+
+@pytest.mark.parametrize("decode", ["graph", "compiled"])
+@pytest.mark.parametrize("name", ["gpt_neox-2-2-80", "llama-4-2-32", "qwen3-4-2-32"])
+def test_captured_steps_give_the_tokens_of_the_eager_path(name, decode):
+    plain = model(name).cuda()
+    ids, mask, _ = (t.cuda() for t in padded_batch((61, 40, 23)))
+    options = {"keep": 0.4, "window": 6, "room": 100}  # room is used up twice
+    arguments = {"max_new_tokens": 256, "min_new_tokens": 256, "do_sample": False, "pad_token_id": 0}
+    found = []
+    for way in ("eager", decode):
+        with pyramidkv.compress(plain, decode=way, **options) as session:
+            for rows in (ids, ids.flip(1), ids[:2]):  # another prompt, another batch
+                real = mask[: len(rows)]
+                found.append(plain.generate(rows, attention_mask=real, **arguments).cpu())
+            usage = session.report()
+        found.append(usage)
+    half = len(found) // 2
+    assert all(torch.equal(a, b) for a, b in zip(found[: half - 1], found[half:-1], strict=True))
+    assert found[half - 1] == found[-1]
+    assert session._graph.captures == 4  # twice more for room; the second prompt finds its buffers; another batch once
+
+
+def test_a_session_leaves_no_memory_behind():
+    plain = model("llama-4-2-32").to("cuda", torch.float16)
+    ids = torch.randint(3, 101, (2, 500), device="cuda")
+
+    def run():
+        with pyramidkv.compress(plain, keep=0.5) as session:
+            plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
+            assert session._graph.captures == 1
+        del session
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    run()
+    held = run()
+    assert run() == held

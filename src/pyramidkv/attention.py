@@ -16,8 +16,8 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pyramidkv.cache import ALL_REAL, ATTENTION_NAME, NewTokens, PyramidKVLayer
+from pyramidkv.decode.step import StepLayer
 from pyramidkv.errors import ConfigError, UnsupportedError
-from pyramidkv.shape import cache_shape
 
 
 def new_tokens(attention_mask: Tensor | None, queries: int) -> NewTokens:
@@ -93,24 +93,19 @@ def pyramidkv_attention(
             )
     if kwargs.get("output_attentions"):
         raise UnsupportedError("output_attentions=True: attention weights are never materialised here; leave it out")
-    layer: PyramidKVLayer | None = getattr(key, "pyramidkv_layer", None)
+    layer: PyramidKVLayer | StepLayer | None = getattr(key, "pyramidkv_layer", None)
     if layer is None:
         mask = _uncompressed_mask(module, query, key, attention_mask, kwargs)
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         out, _ = sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
         return out, None
-    del key.pyramidkv_layer  # type: ignore[attr-defined]  # used once: the tensor may outlive this call
+    key.pyramidkv_layer = None  # type: ignore[attr-defined]  # used once: the tensor may outlive this call
     if not isinstance(attention_mask, NewTokens):
         raise UnsupportedError(
             "attention_mask: a compressed layer takes a 2-D padding mask (batch, tokens) or none; "
             f"got {type(attention_mask).__name__} for {type(module).__name__}"
         )
-    if layer.rank == 0 and layer.storage is None and cache_shape(module.config) != layer.plan.shape:
-        raise ConfigError(
-            "past_key_values: this PyramidKVCache was made for a model of another shape "
-            f"({layer.plan.shape.model_type}, {len(layer.plan.shape.layers)} layers); give it this model's config: "
-            "pyramidkv.PyramidKVCache(model.config, ...)"
-        )
+    layer.check(module.config)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = layer.attend(query, key, value, attention_mask, scaling, dropout)
     return out.transpose(1, 2).contiguous(), None

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pyramidkv.config import CompressionConfig
+from pyramidkv.decode.pool import Pool
 from pyramidkv.errors import ConfigError, UnsupportedError
 from pyramidkv.methods import METHODS
 from pyramidkv.ops.attention import attention
@@ -72,6 +73,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.counts: list[int] = []  # real tokens seen of each row
         self.held: list[int] = []  # real tokens stored of each row
         self.offset: Tensor | None = None  # (B, 1, 1) int32: what to add to a column for a row's position
+        self.pool: Pool | None = None  # where buffers come from; None: from torch
 
     # What transformers asks of a layer.
 
@@ -153,6 +155,15 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     # What the attention function asks of a layer.
 
+    def check(self, model_config: Any) -> None:
+        """Raise if the module that attends belongs to a model of another shape."""
+        if self.rank == 0 and self.storage is None and cache_shape(model_config) != self.plan.shape:
+            raise ConfigError(
+                "past_key_values: this PyramidKVCache was made for a model of another shape "
+                f"({self.plan.shape.model_type}, {len(self.plan.shape.layers)} layers); give it this model's config: "
+                "pyramidkv.PyramidKVCache(model.config, ...)"
+            )
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scaling: float, dropout: float
     ) -> Tensor:
@@ -160,7 +171,8 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         new = new.to(key.device)
         valid = self.visible(new, query.shape[2], key.shape[2])
         storage = self.storage
-        if isinstance(storage, Storage) and self._decodes(query, dropout):
+        if self._decodes(query, dropout):
+            assert isinstance(storage, Storage)
             out = decode_attention(query, storage.keys, storage.values, storage.length, storage.start, scaling)
         else:
             out = attention(query, key, value, scaling, valid, dropout)
@@ -178,6 +190,21 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self._appends(queries):
             self._evict(query, key, value, valid, new, scaling)
         self.seen += queries
+
+    def foresee(self) -> None:
+        """Write the positions of tokens to come into the free slots, as if all of them were real."""
+        assert isinstance(self.storage, Storage)
+        free = self.storage.capacity - self.storage.length
+        self.storage.positions[:, :, self.storage.length :] = self._columns(free, self.storage.keys.device)
+
+    def advance(self) -> None:
+        """Take note of one more token in every row, whose key, value and position are in the next free slot."""
+        assert isinstance(self.storage, Storage)
+        self.storage.length += 1
+        self.storage.appended += 1
+        self.counts = [n + 1 for n in self.counts]
+        self.held = [n + 1 for n in self.held]
+        self.seen += 1
 
     def start(self, batch: int) -> None:
         """Make ready for the first tokens of `batch` rows."""
@@ -241,9 +268,11 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
 
         Without empty slots SDPA's flash kernel is as fast on the device and cheaper to launch; a mask would end that.
         """
-        assert self.storage is not None
+        if not isinstance(self.storage, Storage):
+            return False
         alike = self.storage.dtype == query.dtype and dropout == 0
-        return alike and self.storage.padded and self._appends(query.shape[2]) and why_naive(query) is None
+        lies_so = self.storage.padded and not self.storage.holes
+        return alike and lies_so and self._appends(query.shape[2]) and why_naive(query) is None
 
     def visible(self, new: NewTokens, queries: int, slots: int) -> Tensor | None:
         """(B, K) bool: which of the slots attended to hold a real token; None for all of them."""
@@ -279,7 +308,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         padded = min(self.held) < width
         self.storage = None  # the old buffer may go before the new one is made
         if width == slots and not padded:
-            self._keep(Storage.whole(key, value, positions, self._spare, self._stored_as(key)))
+            self._keep(Storage.whole(key, value, positions, self._spare, self._stored_as(key), self._buffers_from))
             return
         if self.scorer is None:
             scores = positions.float()  # nothing is dropped but padding: any finite score will do
@@ -299,7 +328,9 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             newest = valid.flip(-1).cumsum(-1).flip(-1) <= recent
             scores = scores.masked_fill(newest[:, None], float("inf")).masked_fill(~valid[:, None], float("-inf"))
         index = select(scores, self.held, width)
-        self._keep(Storage.gather(key, value, positions, index, self._spare, padded, self._stored_as(key)))
+        self._keep(
+            Storage.gather(key, value, positions, index, self._spare, padded, self._stored_as(key), self._buffers_from)
+        )
 
     def _stored_as(self, like: Tensor) -> torch.dtype:
         name = self.plan.config.kv_dtype
@@ -310,6 +341,10 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
     def _spare(self) -> int:
         """Free slots of a new buffer; packing makes one of its own."""
         return self._room if self.plan.config.bits == 16 else 0
+
+    @property
+    def _buffers_from(self) -> Pool | None:
+        return self.pool if self.plan.config.bits == 16 else None
 
     def _keep(self, storage: Storage) -> None:
         config = self.plan.config

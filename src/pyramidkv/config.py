@@ -15,6 +15,7 @@ from pyramidkv.methods import METHODS
 
 AMOUNTS = ("budget", "keep", "share", "bytes")
 BITS = (16, 8, 4)
+DECODES = ("auto", "eager", "graph", "compiled")
 KV_DTYPES = ("auto", "float32", "float16", "bfloat16")
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -46,6 +47,9 @@ class CompressionConfig:
             groups of 64 tokens, values per token (KIVI, arXiv 2402.02750). 4 for "auto".
         kv_dtype: of what is stored: "auto" (as the model computes), "float32", "float16" or "bfloat16".
         room: slots for new tokens allocated beside the kept ones; a layer grows by as many when they are used up.
+        decode: how new tokens are computed in a session: "eager", "graph" (one CUDA graph, replayed for every token),
+            "compiled" (the same after `torch.compile`: fastest, a minute to compile once a model), or "auto", a graph
+            where one can be captured.
     """
 
     method: str = "pyramidkv"
@@ -63,6 +67,7 @@ class CompressionConfig:
     bits: int = None  # type: ignore[assignment]  # the method's own
     kv_dtype: str = "auto"
     room: int = 128
+    decode: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:
@@ -85,8 +90,9 @@ class CompressionConfig:
             raise ConfigError(f"bits={self.bits}: method='full' stores what the model computes; use keep=1.0 instead")
         if self.kernel % 2 == 0:
             raise ConfigError(f"kernel={self.kernel}: must be odd, so that a pooled score stays at its token")
-        if self.kv_dtype not in KV_DTYPES:
-            raise ConfigError(f"kv_dtype={self.kv_dtype!r}: {unknown(self.kv_dtype, KV_DTYPES)}")
+        for name, allowed in (("kv_dtype", KV_DTYPES), ("decode", DECODES)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: {unknown(getattr(self, name), allowed)}")
         if self.pooling not in ("avg", "max"):
             raise ConfigError(f"pooling={self.pooling!r}: {unknown(self.pooling, ('avg', 'max'))}")
         if not _number(self.beta) or not 1 <= self.beta < math.inf:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from types import TracebackType
@@ -9,9 +10,11 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
 from pyramidkv.config import CompressionConfig
+from pyramidkv.decode.graph import DecodeGraph, why_eager
 from pyramidkv.errors import CompressionWarning, ConfigError, PyramidKVError, UnsupportedError
 from pyramidkv.shape import cache_shape
 from pyramidkv.usage import CacheUsage
@@ -31,6 +34,8 @@ class Session:
         self._evicted = False
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._attention: str | dict[str, str] | None = None
+        self._graph: DecodeGraph | None = None
+        self._forward: Any = None  # the model's own forward
 
     @property
     def is_open(self) -> bool:
@@ -41,9 +46,12 @@ class Session:
         if self.is_open or self.model.config._attn_implementation == ATTENTION_NAME:
             raise ConfigError("model: is already under compression; close that session first")
         self._usage, self._evicted = None, False
+        self._graph = self._make_graph()
         self._attention = self.model.config._attn_implementation
         self.model.set_attn_implementation(ATTENTION_NAME)
         self._hook = self.model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
+        if self._graph is not None:
+            self.model.forward = self._decoding(self._forward)
         return self
 
     def close(self) -> None:
@@ -55,6 +63,12 @@ class Session:
             return
         self._hook.remove()
         self._hook = None
+        if self._graph is not None:
+            if hasattr(type(self.model), "forward") and self._forward.__func__ is type(self.model).forward:
+                del self.model.forward
+            else:
+                self.model.forward = self._forward
+            self._graph.close()
         self.model.set_attn_implementation(self._attention)
         self._settle()
         if self.config.method != "full" and not self._evicted:
@@ -110,7 +124,44 @@ class Session:
             )
         self._settle()
         self._cache = PyramidKVCache(self.model.config, self.config)
+        if self._graph is not None:
+            for layer, pool in zip(self._cache.layers, self._graph.pools, strict=True):
+                layer.pool = pool
         return args, {**kwargs, "past_key_values": self._cache}
+
+    def _make_graph(self) -> DecodeGraph | None:
+        """What decodes, as `config.decode` asks; None: the model's own forward."""
+        wish = self.config.decode
+        why = "asked for" if wish == "eager" else why_eager(self.model, self.config)
+        if why is not None:
+            if wish in ("graph", "compiled"):
+                raise UnsupportedError(f"decode={wish!r}: {why}; use decode='auto' or 'eager'")
+            return None
+        self._forward = self.model.forward
+        layers = len(cache_shape(self.model.config).layers)
+        return DecodeGraph(self.model, self._forward, layers, compiled=wish == "compiled")
+
+    def _decoding(self, forward: Any) -> Any:
+        """The model's forward, but that a single new token a row goes through the captured step."""
+
+        @functools.wraps(forward)
+        def decode(*args: Any, **kwargs: Any) -> Any:
+            cache = kwargs.get("past_key_values")
+            if (
+                self._graph is not None
+                and not args
+                and isinstance(cache, PyramidKVCache)
+                and cache.get_seq_length() > 0
+                and not self.model.training
+                and _plain_step(kwargs)
+            ):
+                logits = self._graph.step(cache, kwargs["input_ids"], kwargs.get("position_ids"))
+                if logits is not None:
+                    out = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+                    return out.to_tuple() if kwargs.get("return_dict") is False else out
+            return forward(*args, **kwargs)
+
+        return decode
 
     def _settle(self) -> None:
         """Let the newest cache go, so that its memory is free before the next is filled; remember what it held."""
@@ -118,6 +169,16 @@ class Session:
             self._usage = self._cache.report()
             self._evicted |= self._usage.shrunk
         self._cache = None
+
+
+def _plain_step(kwargs: dict[str, Any]) -> bool:
+    """Whether a forward is that of one token a row, asks for nothing but logits, and keeps no graph of gradients."""
+    ids = kwargs.get("input_ids")
+    known = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict",
+             "logits_to_keep", "cache_position", "token_type_ids"}  # fmt: skip
+    others = any(value is not None and value is not False for name, value in kwargs.items() if name not in known)
+    single = ids is not None and ids.ndim == 2 and ids.shape[1] == 1 and kwargs.get("use_cache") is not False
+    return single and not others and not torch.is_grad_enabled()
 
 
 def compress(model: torch.nn.Module, config: CompressionConfig | None = None, **options: Any) -> Session:

@@ -7,10 +7,13 @@ flows through it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from pyramidkv.decode.pool import Pool
 
 POSITION_BYTES = 4  # int32
 
@@ -38,27 +41,45 @@ class Spec(NamedTuple):
 class Storage:
     """Keys (B, H, C, D), values (B, H, C, Dv) and positions (B, H, C) int32 of capacity C, `length` slots in use."""
 
+    lease: weakref.finalize[Any, Any] | None = None  # of buffers that belong to a pool
+
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, length: int, padded: bool) -> None:
         self.keys = keys
         self.values = values
         self.positions = positions
         self.length = length
         self.padded = padded  # some slot in use may be empty
+        self.appended = 0  # slots filled since the buffers were made
+        self.holes = False  # some empty slot may lie between two tokens
         self.start: Tensor | None = None  # (B, H) int32: empty slots at the front; None: none
 
     @classmethod
     def allocate(
-        cls, like_key: Tensor, like_value: Tensor, capacity: int, padded: bool, dtype: torch.dtype | None = None
+        cls,
+        like_key: Tensor,
+        like_value: Tensor,
+        capacity: int,
+        padded: bool,
+        dtype: torch.dtype | None = None,
+        pool: Pool | None = None,
     ) -> Storage:
-        """Empty buffers for rows and heads of (B, H, *, D) keys and (B, H, *, Dv) values, in `dtype` or theirs."""
-        batch, heads = like_key.shape[:2]
-        return cls(
-            like_key.new_empty(batch, heads, capacity, like_key.shape[-1], dtype=dtype),
-            like_value.new_empty(batch, heads, capacity, like_value.shape[-1], dtype=dtype),
-            torch.full((batch, heads, capacity), -1, dtype=torch.int32, device=like_key.device),
-            0,
-            padded,
-        )
+        """Empty buffers for rows and heads of (B, H, *, D) keys and (B, H, *, Dv) values, in `dtype` or theirs.
+
+        From `pool` if it has some that serve, which may have more than `capacity` slots.
+        """
+        dtype, device = dtype or like_key.dtype, like_key.device
+        key, value = (torch.Size((*t.shape[:2], capacity, t.shape[-1])) for t in (like_key, like_value))
+        found = None if pool is None else pool.take(key, value, dtype, device)
+        if found is None:
+            found = (
+                torch.empty(key, dtype=dtype, device=device),
+                torch.empty(value, dtype=dtype, device=device),
+                torch.full(key[:3], -1, dtype=torch.int32, device=device),
+            )
+        new = cls(*found, 0, padded)
+        if pool is not None:
+            pool.lend(new)
+        return new
 
     @classmethod
     def gather(
@@ -70,10 +91,11 @@ class Storage:
         room: int,
         padded: bool,
         dtype: torch.dtype | None = None,
+        pool: Pool | None = None,
     ) -> Storage:
         """The slots `index` (B, H, N), -1 for an empty one, of (B, H, K, *) tensors, and `room` free slots."""
         kept = index.shape[-1]
-        new = cls.allocate(key, value, kept + room, padded, dtype)
+        new = cls.allocate(key, value, kept + room, padded, dtype, pool)
         source = index.clamp(min=0)
         for buffer, tensor in ((new.keys, key.detach()), (new.values, value.detach())):
             wide = source[..., None].expand(-1, -1, -1, tensor.shape[-1])
@@ -89,11 +111,18 @@ class Storage:
 
     @classmethod
     def whole(
-        cls, key: Tensor, value: Tensor, positions: Tensor, room: int, dtype: torch.dtype | None = None
+        cls,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        room: int,
+        dtype: torch.dtype | None = None,
+        pool: Pool | None = None,
     ) -> Storage:
         """All of (B, H, K, *), and `room` free slots."""
-        new = cls.allocate(key, value, key.shape[2] + room, padded=False, dtype=dtype)
+        new = cls.allocate(key, value, key.shape[2] + room, padded=False, dtype=dtype, pool=pool)
         new.append(key, value, positions, room)
+        new.appended = 0
         return new
 
     @property
@@ -113,7 +142,7 @@ class Storage:
     @property
     def nbytes(self) -> int:
         """Bytes of the storages behind the buffers, positions included."""
-        return sum(t.untyped_storage().nbytes() for t in self._buffers())
+        return sum(t.untyped_storage().nbytes() for t in self.buffers())
 
     def view(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The keys and values in use; no copy, unless `dtype` is another than theirs."""
@@ -124,25 +153,34 @@ class Storage:
         """(B, length) bool, False for empty slots; None when there can be none."""
         return self.positions[:, 0, : self.length] >= 0 if self.padded else None
 
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and positions, free slots too."""
+        return self.keys, self.values, self.positions
+
     def append(self, key: Tensor, value: Tensor, positions: Tensor, room: int) -> None:
-        """Put (B, H, T, *) behind the slots in use; out of capacity, grow by `room` slots more than that needs."""
+        """Put (B, H, T, *) behind the slots in use; out of capacity, grow.
+
+        The new capacity leaves `room` free slots, or as many as were appended so far: few reallocations in all.
+        """
         end = self.length + key.shape[2]
         if end > self.capacity:
-            self._grow(end + room)
+            self._grow(end + max(room, self.appended))
         self.keys[:, :, self.length : end] = key.detach()
         self.values[:, :, self.length : end] = value.detach()
         self.positions[:, :, self.length : end] = positions
         self.length = end
+        self.appended += key.shape[2]
 
     def hide_newest(self, rows: Tensor) -> None:
         """Make the newest slot empty in the rows where (B,) bool is True."""
-        self.padded = True
+        self.padded = self.holes = True
         self.positions[:, :, self.length - 1].masked_fill_(rows[:, None], -1)
 
     def rows(self, index: Tensor) -> Storage:
         """A copy with the rows `index` (N,), in that order; rows may repeat (beam search) or be left out."""
-        keys, values, positions = (t.index_select(0, index.to(t.device)) for t in self._buffers())
+        keys, values, positions = (t.index_select(0, index.to(t.device)) for t in self.buffers())
         new = Storage(keys, values, positions, self.length, self.padded)
+        new.holes, new.appended = self.holes, self.appended
         if self.start is not None:
             new.start = self.start.index_select(0, index.to(self.start.device))
         return new
@@ -153,6 +191,9 @@ class Storage:
             new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
             new[:, :, : self.length] = old[:, :, : self.length]
             setattr(self, name, new)
+        if self.lease is not None and (lent := self.lease.detach()) is not None:  # the old buffers may go
+            self.lease = weakref.finalize(self, lent[1], self.buffers())
+            self.lease.atexit = False
 
-    def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.keys, self.values, self.positions
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lease"}  # a copy owns its buffers

@@ -1,7 +1,8 @@
 """Time and memory of plain `generate()`: TTFT, TPOT, KV bytes, peak memory; engines alternate within one run.
 
 Every engine generates the same number of tokens from the same random prompt. The clock is a stopping criterion, which
-`generate()` calls after each token; the device is synchronised before it is read.
+`generate()` calls after each token; the device is synchronised before it is read. Where a graph is captured or a step
+compiled, an untimed prompt of the same length goes before: what is timed is a session in use, as a server's is.
 """
 
 from __future__ import annotations
@@ -45,7 +46,23 @@ def engines(configs: Sequence[CompressionConfig], device: torch.device) -> list[
             Engine("transformers DynamicCache, sdpa without cuDNN", cudnn=False),
             Engine("transformers StaticCache, compiled", cache_implementation="static"),
         ]
-    return baselines + [Engine(f"pyramidkv, {config.describe()}", config) for config in configs]
+    if device.type != "cuda":
+        return baselines + [Engine(f"pyramidkv, {config.describe()}", config) for config in configs]
+    full = CompressionConfig(method="full", decode="compiled")
+    ours = [replace(c, decode=decode) for c in configs for decode in _ways(c)]
+    return [
+        *baselines,
+        Engine("pyramidkv, method=full decode=compiled", full),
+        *(Engine(f"pyramidkv, {config.describe()}", config) for config in ours),
+    ]
+
+
+def _ways(config: CompressionConfig) -> tuple[str, ...]:
+    """The ways of decoding to measure on a GPU."""
+    return ("graph", "compiled") if config.decode == "auto" and config.bits == 16 else (config.decode,)
+
+
+WARM_UP_TOKENS = 4  # a graph is captured at the third
 
 
 @dataclass(frozen=True)
@@ -150,6 +167,9 @@ def _generate(model: Any, engine: Engine, ids: Tensor, new_tokens: int) -> _Timi
         cudnn_attention(engine.cudnn),
         contextlib.nullcontext() if config is None else compress(model, config) as session,
     ):
+        if session is not None and device.type == "cuda":
+            few = {"max_new_tokens": WARM_UP_TOKENS, "min_new_tokens": WARM_UP_TOKENS, "stopping_criteria": None}
+            model.generate(ids, **arguments | few)
         reset_peak(device)
         synchronize(device)
         start = time.perf_counter()

@@ -1,0 +1,217 @@
+"""`DecodeGraph`: the decoding step of a model, captured in one CUDA graph and replayed for every token.
+
+A replay costs the host a few microseconds where a forward costs it milliseconds. The graph reads lengths from the
+device and buffers where it found them, so it serves as long as the buffers stay where they are: for all tokens of a
+prompt, and for the next prompt where its cache lies in the same ones (`pool.py`). The numbers that Python keeps of
+every layer are brought up to date after each replay, while the device works.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyramidkv.config import CompressionConfig
+from pyramidkv.decode.pool import Pool
+from pyramidkv.decode.step import PLACES, Place, StepCache
+from pyramidkv.ops import kernels
+from pyramidkv.shape import cache_shape
+from pyramidkv.storage import Storage
+
+if TYPE_CHECKING:
+    from pyramidkv.cache import PyramidKVCache, PyramidKVLayer
+
+_ATTRIBUTE = "_pyramidkv_step"
+WARM_UPS = 2  # runs before a capture: kernels are compiled and libraries set up in them
+Step = Callable[[Tensor, Tensor], Tensor]  # tokens (B, 1) and positions (B, 1) to logits (B, 1, V)
+
+
+class _Compiled:
+    """A compiled step, an attribute of its model: sessions come and go, and compiling takes a minute."""
+
+    def __init__(self, forward: Callable[..., Any], layers: int) -> None:
+        self.cache = StepCache(layers)
+        self.step: Step = torch.compile(step_of(forward, self.cache), fullgraph=True, dynamic=False)
+
+
+def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """What replays a CUDA graph of `work`, which runs `WARM_UPS` times beforehand."""
+    aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside), torch.no_grad():
+        for _ in range(WARM_UPS):
+            work()
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        work()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def step_of(forward: Callable[..., Any], cache: StepCache) -> Step:
+    """The step of a model whose forward this is."""
+
+    def step(ids: Tensor, positions: Tensor) -> Tensor:
+        out = forward(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True)
+        logits: Tensor = out.logits
+        return logits
+
+    return step
+
+
+def why_eager(model: Any, config: CompressionConfig) -> str | None:
+    """Why the steps of a model can't be captured; None if they can."""
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1:
+        return f"the model lies on {len(devices)} devices"
+    (device,) = devices
+    if device.type != "cuda":
+        return f"the model is on {device.type}, and graphs are for CUDA"
+    if getattr(model, "_tp_size", None) not in (None, 1):
+        return "the model is split over several GPUs"
+    if (why := kernels.why_naive(torch.empty(1, 1, 1, kernels.LARGEST, device=device, dtype=model.dtype))) is not None:
+        return why
+    shape = cache_shape(model.config)
+    if len(shape.compressed) < len(shape.layers):
+        return "some layers have a sliding window, and those are not compressed"
+    if config.bits != 16:
+        return f"bits={config.bits}: packed caches are not decoded in a graph"
+    if config.kv_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        return f"kv_dtype={config.kv_dtype!r} is not what the model computes in"
+    return None
+
+
+@dataclass
+class _Captured:
+    """A graph and the tensors that it reads and writes, at fixed addresses."""
+
+    ids: Tensor  # (B, 1) int64
+    positions: Tensor  # (B, 1) int64
+    lengths: Tensor  # (layers, 1) int32: slots in use; a replay adds one
+    starts: list[Tensor]  # (B, Hkv) int32 a layer: empty slots at the front
+    logits: Tensor  # (B, 1, V)
+    replay: Callable[[], None]
+
+
+class DecodeGraph:
+    """The captured step of one session.
+
+    Args:
+        model: a `transformers` causal language model on one CUDA device.
+        forward: its forward, as it was before the session took its place.
+        layers: number of its layers, all of them compressed.
+        compiled: run the step through `torch.compile` before capturing it.
+    """
+
+    def __init__(self, model: Any, forward: Callable[..., Any], layers: int, *, compiled: bool) -> None:
+        self.pools = [Pool() for _ in range(layers)]
+        self.captures = 0  # how often a step has been captured
+        self._model = model
+        self._forward = forward
+        self._compiled = compiled
+        self._captured: _Captured | None = None
+        self._keys: list[weakref.ref[Tensor]] = []  # of the buffers in the graph, or of those seen at the last token
+        self._storages: list[weakref.ref[Storage]] = []  # those that the device knows
+        self._lengths: list[int] = []  # what it knows of them
+
+    def step(self, cache: PyramidKVCache, ids: Tensor, positions: Tensor | None) -> Tensor | None:
+        """Logits (B, 1, V) of one new token a row, (B, 1); None if this token must go the usual way.
+
+        That is so for the first token over new buffers: a graph is captured for those that stay.
+        """
+        layers: list[PyramidKVLayer] = cache.layers
+        storages = [layer.storage for layer in layers if type(layer.storage) is Storage and not layer.storage.holes]
+        if len(storages) < len(layers):
+            return None
+        free = min(s.capacity - s.length for s in storages)
+        if not _same(self._keys, [s.keys for s in storages]):
+            self._captured, self._keys = None, [weakref.ref(s.keys) for s in storages]
+            return None
+        if free == 0 or (self._captured is None and free <= WARM_UPS):
+            return None
+        lengths = [s.length for s in storages]
+        if self._captured is None:
+            self._captured = self._capture(layers, storages, ids)
+        elif lengths != self._lengths or not _same(self._storages, storages):
+            self._inform(self._captured, layers, storages)
+        at = self._captured
+        at.ids.copy_(ids)
+        if positions is None:
+            at.positions.fill_(cache.get_seq_length())
+        else:
+            at.positions.copy_(positions)
+        at.replay()
+        logits = at.logits.clone()
+        for layer in layers:
+            layer.advance()
+        self._lengths = [length + 1 for length in lengths]
+        return logits
+
+    def close(self) -> None:
+        """Let graph and buffers go."""
+        self._captured, self._keys, self._storages = None, [], []
+        for pool in self.pools:
+            pool.close()
+
+    def _inform(self, at: _Captured, layers: list[PyramidKVLayer], storages: list[Storage]) -> None:
+        """Give the device what it must know of these storages: lengths, empty slots, positions of tokens to come."""
+        self._lengths = [s.length for s in storages]
+        self._storages = [weakref.ref(s) for s in storages]
+        at.lengths.copy_(torch.tensor(self._lengths, dtype=torch.int32)[:, None])
+        for layer, storage, start in zip(layers, storages, at.starts, strict=True):
+            layer.foresee()
+            if storage.start is None:
+                start.zero_()
+            else:
+                start.copy_(storage.start)
+
+    def _capture(self, layers: list[PyramidKVLayer], storages: list[Storage], ids: Tensor) -> _Captured:
+        rows, device = ids.shape[0], ids.device
+        run, cache = self._step(len(layers))
+        at = _Captured(
+            ids.clone(),
+            torch.zeros_like(ids),
+            torch.empty(len(layers), 1, dtype=torch.int32, device=device),
+            [torch.empty(rows, s.keys.shape[1], dtype=torch.int32, device=device) for s in storages],
+            torch.empty(0),
+            lambda: None,
+        )
+        self._inform(at, layers, storages)
+
+        def work() -> None:
+            at.logits = run(at.ids, at.positions)
+            at.lengths += 1
+
+        places = {
+            place: Place(s.keys, s.values, length, start)
+            for place, s, length, start in zip(cache.places, storages, at.lengths, at.starts, strict=True)
+        }
+        PLACES.update(places)
+        try:
+            at.replay = record(work, device)
+        finally:
+            for place in places:
+                PLACES.pop(place, None)
+        self._inform(at, layers, storages)  # the warm-ups have counted, and written into slots that are free
+        self.captures += 1
+        return at
+
+    def _step(self, layers: int) -> tuple[Step, StepCache]:
+        if not self._compiled:
+            cache = StepCache(layers)
+            return step_of(self._forward, cache), cache
+        kept: _Compiled | None = getattr(self._model, _ATTRIBUTE, None)
+        if kept is None:
+            kept = _Compiled(self._forward, layers)
+            setattr(self._model, _ATTRIBUTE, kept)
+        return kept.step, kept.cache
+
+
+def _same(known: Sequence[weakref.ref[Any]], now: Sequence[object]) -> bool:
+    return len(known) == len(now) and all(ref() is x for ref, x in zip(known, now, strict=True))

@@ -1,0 +1,52 @@
+"""Buffers that outlive a cache, so that the next prompt's cache lies where a captured graph looks for it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyramidkv.storage import Storage
+
+Buffers = tuple[Tensor, Tensor, Tensor]  # keys (B, H, C, D), values (B, H, C, Dv), positions (B, H, C) int32
+
+
+class Pool:
+    """The buffers of one layer, lent to one `Storage` at a time for as long as that is in use."""
+
+    def __init__(self) -> None:
+        self._free: Buffers | None = None
+        self._open = True
+
+    def take(self, key: torch.Size, value: torch.Size, dtype: torch.dtype, device: torch.device) -> Buffers | None:
+        """The free buffers if they serve for shapes (B, H, C, D) and (B, H, C, Dv); if they do not, they are given up.
+
+        A capacity up to twice what is asked for serves: prompts of a varying length share one graph.
+        """
+        free, self._free = self._free, None
+        if free is None:
+            return None
+        keys, values, _ = free
+        alike = keys.dtype == dtype and keys.device == device
+        for have, want in ((keys.shape, key), (values.shape, value)):
+            alike = alike and (*have[:2], have[3]) == (*want[:2], want[3]) and want[2] <= have[2] <= 2 * want[2]
+        return free if alike else None
+
+    def lend(self, storage: Storage) -> None:
+        """Have the buffers of `storage` back when nobody uses it any more."""
+        storage.lease = weakref.finalize(storage, self._give, storage.buffers())
+        storage.lease.atexit = False
+
+    def close(self) -> None:
+        """Keep nothing from now on."""
+        self._free, self._open = None, False
+
+    def __deepcopy__(self, _: object) -> Pool:
+        return self  # a forked cache may take from it too
+
+    def _give(self, buffers: Buffers) -> None:
+        if self._open:
+            self._free = buffers

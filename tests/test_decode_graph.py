@@ -1,0 +1,200 @@
+"""The captured decoding step, with the capture itself replaced by running the same step again; see test_gpu.py."""
+
+import gc
+
+import pytest
+import torch
+
+import pyramidkv
+from families import NAMES, model, padded_batch
+from pyramidkv.cache import PyramidKVLayer
+from pyramidkv.decode import graph as graphs
+from pyramidkv.decode.pool import Pool
+from pyramidkv.storage import Storage
+
+PLAIN = [name for name in NAMES if not name.startswith("gemma3")]  # no sliding layers
+ARGUMENTS = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def steps_anywhere(monkeypatch):
+    def record(work, device):
+        places = dict(graphs.PLACES)
+        for _ in range(graphs.WARM_UPS):
+            work()
+
+        def replay():
+            graphs.PLACES.update(places)
+            work()
+            graphs.PLACES.clear()
+
+        return replay
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr("pyramidkv.session.why_eager", lambda *_: None)
+
+
+def eager(plain, ids, mask, **options):
+    with pyramidkv.compress(plain, decode="eager", **options) as session:
+        return plain.generate(ids, attention_mask=mask, **ARGUMENTS), session.report()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("padded", [False, True])
+def test_tokens_and_usage_are_those_of_the_eager_path(name, padded):
+    plain = model(name)
+    ids, mask, _ = padded_batch((61, 40, 23))
+    if not padded:
+        ids, mask = ids[:1], mask[:1]
+    options = {"keep": 0.4, "window": 6, "room": 50}
+    expected, usage = eager(plain, ids, mask, **options)
+    with pyramidkv.compress(plain, **options) as session:
+        assert torch.equal(plain.generate(ids, attention_mask=mask, **ARGUMENTS), expected)
+        assert session._graph.captures == 1
+        assert session.report() == usage
+
+
+def test_a_second_prompt_lies_in_the_same_buffers_and_captures_nothing():
+    plain = model("llama-4-2-32")
+    ids, mask, _ = padded_batch((61, 40, 23))
+    shorter = ids[:, 8:], mask[:, 8:]
+    options = {"keep": 0.4, "window": 6, "room": 50}
+    with pyramidkv.compress(plain, **options) as session:
+        plain.generate(ids, attention_mask=mask, **ARGUMENTS)
+        found = plain.generate(shorter[0], attention_mask=shorter[1], **ARGUMENTS)
+        assert session._graph.captures == 1
+    assert torch.equal(found, eager(plain, *shorter, **options)[0])
+
+
+def test_full_buffers_grow_and_are_captured_again():
+    plain = model("gpt_neox-2-2-80")
+    ids, mask, _ = padded_batch((61, 40, 23))
+    options = {"keep": 0.4, "window": 6, "room": 12}
+    with pyramidkv.compress(plain, **options) as session:
+        found = plain.generate(ids, attention_mask=mask, **ARGUMENTS)
+        assert session._graph.captures == 3  # 12 slots, then 12 more, then 24
+    assert torch.equal(found, eager(plain, ids, mask, **options)[0])
+
+
+def test_a_cache_in_use_keeps_its_buffers():
+    plain = model("llama-2-2-64")
+    ids, mask, _ = padded_batch((61, 61, 61))
+    with pyramidkv.compress(plain, keep=0.4, window=6) as session:
+        first = plain.generate(ids, attention_mask=mask, return_dict_in_generate=True, **ARGUMENTS).past_key_values
+        before = [layer.storage.keys.clone() for layer in first.layers]
+        plain.generate(ids.flip(0) % 90 + 3, attention_mask=mask, **ARGUMENTS)
+        assert session._graph.captures == 2
+    for layer, keys in zip(first.layers, before, strict=True):
+        assert torch.equal(layer.storage.keys[:, :, : layer.storage.length], keys[:, :, : layer.storage.length])
+
+
+def test_usual_forwards_and_captured_steps_can_alternate():
+    plain = model("gpt_neox-2-2-32").eval()
+    ids, _, _ = padded_batch((61, 61, 61))
+    tokens = torch.randint(3, 101, (3, 30))
+
+    def logits(**options):
+        out = []
+        with pyramidkv.compress(plain, keep=0.4, window=6, **options), torch.no_grad():
+            cache = plain(ids).past_key_values
+            for i in range(30):
+                ask = {"output_hidden_states": True} if i % 7 == 6 else {}  # what the step does not answer
+                out.append(plain(tokens[:, i : i + 1], past_key_values=cache, **ask).logits)
+            positions = [layer.storage.positions[:, :, : layer.storage.length].clone() for layer in cache.layers]
+            turn = plain(tokens[:, :9], past_key_values=cache)  # evicts, and decodes on
+            out += [turn.logits, plain(tokens[:, :1], past_key_values=cache).logits]
+            kept = [layer.storage.positions[:, :, : layer.storage.length] for layer in cache.layers]
+        return torch.cat(out, 1), positions, kept
+
+    (one, *places), (other, *same) = logits(), logits(decode="eager")
+    assert (one - other).abs().max() < 1e-5
+    for a, b in zip(places, same, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_forks_go_their_own_ways():
+    plain = model("llama-4-2-32").eval()
+    ids, _, _ = padded_batch((61, 61, 61))
+
+    def both(decode):
+        with pyramidkv.compress(plain, keep=0.4, window=6, decode=decode), torch.no_grad():
+            one = plain(ids).past_key_values
+            other = one.fork()
+            out = []
+            for token in (5, 6, 7, 8):
+                for cache, extra in ((one, 0), (other, 20)):
+                    out.append(plain(torch.full((3, 1), token + extra), past_key_values=cache).logits)
+                    out.append(plain(torch.full((3, 1), token + extra), past_key_values=cache).logits)
+        return torch.cat(out, 1)
+
+    assert (both("graph") - both("eager")).abs().max() < 1e-5
+
+
+def test_beam_search_decodes_the_usual_way():
+    plain = model("llama-4-2-32")
+    ids, mask, _ = padded_batch((61, 40, 23))
+    options = {"keep": 0.4, "window": 6}
+    found = []
+    for decode in ("eager", "graph"):
+        with pyramidkv.compress(plain, decode=decode, **options):
+            found.append(plain.generate(ids, attention_mask=mask, num_beams=3, **ARGUMENTS))
+    assert torch.equal(*found)
+
+
+def test_the_step_compiles_whole_and_once(monkeypatch):
+    compiled = []
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: compiled.append(o) or compile_(f, backend="eager", **o))
+    plain = model("gpt_neox-2-2-80")
+    ids, mask, _ = padded_batch((61, 40, 23))
+    for keep in (0.4, 0.3):  # other capacities, another session
+        options = {"keep": keep, "window": 6, "room": 50}
+        with (
+            torch._dynamo.config.patch(error_on_recompile=True),
+            pyramidkv.compress(plain, decode="compiled", **options),
+        ):
+            found = plain.generate(ids, attention_mask=mask, **ARGUMENTS)
+        assert torch.equal(found, eager(plain, ids, mask, **options)[0])
+    assert compiled == [{"fullgraph": True, "dynamic": False}]
+
+
+def test_closing_gives_back_forward_and_buffers():
+    plain = model("llama-4-2-32")
+    assert "forward" not in vars(plain)
+    ids, mask, _ = padded_batch((61, 40, 23))
+    session = pyramidkv.compress(plain, keep=0.4, window=6)
+    with session:
+        plain.generate(ids, attention_mask=mask, **ARGUMENTS)
+        assert "forward" in vars(plain)
+        buffers = [type(layer) is PyramidKVLayer and layer.pool is not None for layer in session._cache.layers]
+        assert all(buffers)
+    assert "forward" not in vars(plain)
+    gc.collect()
+    assert all(pool._free is None for pool in session._graph.pools)
+
+
+def test_a_pool_lends_to_one_storage_at_a_time():
+    pool = Pool()
+    key = torch.randn(2, 3, 20, 8)
+    positions = torch.arange(20).expand(2, 3, 20).int()
+    one = Storage.whole(key, key, positions, 10, pool=pool)
+    other = Storage.whole(key, key, positions, 10, pool=pool)
+    first = one.keys
+    assert other.keys is not first
+    del one
+    again = Storage.whole(key[:, :, :15], key[:, :, :15], positions[..., :15], 5, pool=pool)
+    assert again.keys is first and again.capacity == 30
+    del again
+    assert Storage.whole(key[:, :, :5], key[:, :, :5], positions[..., :5], 5, pool=pool).keys is not first  # too large
+    del other
+    pool.close()
+    assert pool._free is None
+
+
+def test_what_can_not_be_captured_is_said(monkeypatch):
+    monkeypatch.undo()
+    for decode in ("graph", "compiled"):
+        with pytest.raises(pyramidkv.UnsupportedError, match=f"decode='{decode}': the model is on cpu"):
+            pyramidkv.compress(model("llama-4-2-32"), keep=0.4, decode=decode).open()
+    with pytest.raises(pyramidkv.ConfigError, match="decode='fast': unknown"):
+        pyramidkv.CompressionConfig(keep=0.5, decode="fast")
