@@ -46,10 +46,12 @@ NAMES = (
 )  # fmt: skip
 
 
-def model(name, seed=0):
+def model(name, seed=0, vocab=101):
     """A random float32 model, with weights large enough that attention is far from uniform."""
     torch.manual_seed(seed)
-    made = t.AutoModelForCausalLM.from_config(config(name), dtype=torch.float32).eval()
+    chosen = config(name)
+    chosen.vocab_size = vocab
+    made = t.AutoModelForCausalLM.from_config(chosen, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.ndim == 2:

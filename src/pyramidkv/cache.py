@@ -27,6 +27,7 @@ from pyramidkv.ops.attention import attention
 from pyramidkv.ops.decode_attention import decode_attention, why_naive
 from pyramidkv.ops.select import select
 from pyramidkv.packed import PackedStorage
+from pyramidkv.parallel import first_head
 from pyramidkv.plan import Plan, limits
 from pyramidkv.scorers import Observation, Scorer
 from pyramidkv.shape import cache_shape
@@ -313,7 +314,8 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.scorer is None:
             scores = positions.float()  # nothing is dropped but padding: any finite score will do
         else:
-            scores = self.scorer.score(Observation(query, key, value, scaling, valid, positions, self.layer))
+            first = first_head(self.plan.shape.layers[self.layer].kv_heads, heads)
+            scores = self.scorer.score(Observation(query, key, value, scaling, valid, positions, self.layer, first))
             if scores.shape != positions.shape:
                 raise ConfigError(
                     f"method={self.plan.config.method!r}: score() returned {tuple(scores.shape)}; "

@@ -32,7 +32,8 @@ class CompressionConfig:
         budget: tokens kept per layer and KV head, averaged over the layers.
         keep: share of the prompt's tokens kept, in (0, 1]. Never fewer than `recent` + 1 tokens per layer.
         share: share of the bytes of the full cache, in (0, 1]; with fewer `bits`, more tokens fit into it.
-        bytes: bytes of the whole cache, room for new tokens included; a number or a text such as "1GiB", "800MB".
+        bytes: bytes of the whole cache, over all GPUs and with room for new tokens; a number or a text such as "1GiB",
+            "800MB".
         window: observation queries: how many of the last queries of a forward are asked what they attend to. 32 for
             most methods, 1024 for "rms" and "auto".
         recent: newest tokens that every method keeps, never in fewer bits. As many as `window`, but at most 32 for

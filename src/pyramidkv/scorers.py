@@ -28,6 +28,7 @@ class Observation:
     valid: Tensor | None  # (B, K) bool, False for padding and empty slots; None: all real
     positions: Tensor  # (B, Hkv, K) int32: index of each key's token among the real tokens of its row; -1 empty
     layer: int  # index of the layer in the model
+    first_head: int = 0  # index in the model of the first KV head; tensor parallelism gives each process some of them
 
 
 class Scorer(ABC):
@@ -117,7 +118,7 @@ class RandomScorer(Scorer):
     def score(self, seen: Observation) -> Tensor:
         heads = seen.key.shape[1]
         # A hash of the position rather than a generator's stream: a row scores the same in any batch, padded or not.
-        head = torch.arange(heads, device=seen.key.device)[:, None]
+        head = torch.arange(seen.first_head, seen.first_head + heads, device=seen.key.device)[:, None]
         mixed = (seen.positions.long() + 1) * 0x9E3779B1 + head * 0x85EBCA77 + (seen.layer + 1) * 0xC2B2AE3D
         mixed = (mixed + (self.config.seed + 1) * 0x27D4EB2F) & 0xFFFFFFFF
         for shift, factor in ((16, 0x45D9F3B), (15, 0x2C1B3C6D), (16, 0x297A2D39)):

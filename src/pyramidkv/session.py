@@ -16,6 +16,7 @@ from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
 from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.graph import DecodeGraph, why_eager
 from pyramidkv.errors import CompressionWarning, ConfigError, PyramidKVError, UnsupportedError
+from pyramidkv.parallel import check_heads
 from pyramidkv.shape import cache_shape
 from pyramidkv.usage import CacheUsage
 
@@ -29,6 +30,7 @@ class Session:
         if not hasattr(model, "config") or not hasattr(model, "set_attn_implementation"):
             raise ConfigError(f"model is a {type(model).__name__}: it must be a transformers model")
         cache_shape(self.model.config)  # an unsupported model is an error here, not in the middle of a forward
+        check_heads(self.model)
         self._cache: PyramidKVCache | None = None
         self._usage: CacheUsage | None = None
         self._evicted = False
