@@ -123,3 +123,20 @@ def test_heads_are_checked_where_they_are_split():
     whole = model("phi3-4-2-32")
     whole._tp_size = 4
     check_heads(whole)
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_two_cpu_ranks(tmp_path):
+    pytest.importorskip("transformers.distributed.tensor_parallel", reason="the script needs transformers 5.17")
+    out = tmp_path / "parallel.json"
+    shapes = ("--device", "cpu", "--shape", "tiny-llama", "tiny-neox", "--new", 12, "--repeats", 1, "--out", out)
+    done = torchrun("../benchmarks/parallel_gpu.py", *shapes)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert not [row for row in report["rows"] if "error" in row]
+    assert len(report["agreement"]) == 4
+    for row in report["agreement"]:
+        assert row["equal_before_the_first_difference"] == [12], row
+    for row in report["rows"]:
+        assert row.get("tokens_equal_on_all_ranks", True)
+        assert len(row["kv_bytes_per_rank"]) == row["ranks"]
