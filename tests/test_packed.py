@@ -1,4 +1,4 @@
-"""Storage in 8 and 4 bits: codes against a quantiser of loops, bytes against the plan, rows against each other."""
+"""Storage in 8, 4 and 2 bits: codes against a quantiser of loops, bytes against the plan, rows against each other."""
 
 import itertools
 import math
@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 import pyramidkv
 from families import NAMES, model, padded_batch
 from pyramidkv.ops import bitmap, quantize
-from pyramidkv.packed import PackedStorage
+from pyramidkv.packed import Level, PackedStorage, packed_bytes
 from pyramidkv.plan import Plan
 from pyramidkv.shape import cache_shape
-from pyramidkv.storage import Storage
 
 
 def rounded(numbers, bits):
@@ -24,32 +23,43 @@ def rounded(numbers, bits):
     return [zero + step * min(max(round((x - zero) / step), 0), 2**bits - 1) for x in numbers]
 
 
-@pytest.mark.parametrize(("bits", "width"), itertools.product((8, 4), (32, 80, 128)))
+@pytest.mark.parametrize(("bits", "width"), itertools.product((8, 4, 2), (32, 80, 128)))
 def test_codes_by_hand(bits, width):
     make = torch.Generator().manual_seed(width)
-    key = torch.randn(2, 3, 128, width, generator=make) * 5 + 3
-    value = torch.randn(2, 3, 128, width, generator=make)
+    key = torch.randn(2, 3, 64, width, generator=make) * 5 + 3
+    value = torch.randn(2, 3, 64, width, generator=make)
     keys = quantize.dequantize_keys(quantize.quantize_keys(key, bits), torch.float32)
     values = quantize.dequantize_values(quantize.quantize_values(value, bits), torch.float32)
     assert keys.shape == key.shape
-    for b, h, channel, group in ((0, 0, 0, 0), (1, 2, width - 1, 1), (0, 1, width // 2, 1)):
-        tokens = slice(64 * group, 64 * group + 64)
-        by_hand = torch.tensor(rounded(key[b, h, tokens, channel].tolist(), bits))
+    for b, page, channel in ((0, 0, 0), (1, 2, width - 1), (0, 1, width // 2)):
+        by_hand = torch.tensor(rounded(key[b, page, :, channel].tolist(), bits))
         # A number half way between two codes may go either way in float32.
-        assert ((keys[b, h, tokens, channel] - by_hand).abs() < 1e-3).float().mean() > 0.96
+        assert ((keys[b, page, :, channel] - by_hand).abs() < 1e-3).float().mean() > 0.96
     size = 64 if width == 128 else width
-    for b, h, token in ((0, 0, 0), (1, 2, 127)):
-        by_hand = torch.tensor(rounded(value[b, h, token, -size:].tolist(), bits))
-        assert ((values[b, h, token, -size:] - by_hand).abs() < 1e-3).float().mean() > 0.96
+    for b, page, token in ((0, 0, 0), (1, 2, 63)):
+        by_hand = torch.tensor(rounded(value[b, page, token, -size:].tolist(), bits))
+        assert ((values[b, page, token, -size:] - by_hand).abs() < 1e-3).float().mean() > 0.96
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_codes_lie_in_planes(bits):
+    planes, rows = 8 // bits, 64 * bits // 8
+    codes = torch.randint(0, 2**bits, (64, 5), generator=torch.Generator().manual_seed(bits))
+    codes[0], codes[1] = 0, 2**bits - 1  # so that zero points are 0 and scales 1
+    packed = quantize.quantize_keys(codes.float()[None], bits).codes[0]
+    assert packed.shape == (rows, 5)
+    for row, channel in itertools.product(range(rows), range(5)):
+        by_hand = sum(int(codes[row + plane * rows, channel]) << (bits * plane) for plane in range(planes))
+        assert packed[row, channel] == by_hand
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
 def test_errors_stay_within_half_a_step(bits):
     key = torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(1))
     packed = quantize.quantize_keys(key, bits)
     error = (quantize.dequantize_keys(packed, torch.float32) - key).abs()
-    assert (error <= packed.scale.float() * 0.5 + 2e-3).all()
-    assert packed.codes.shape[-1] == 64 * bits // 8
+    assert (error <= packed.scale.float().unsqueeze(-2) * 0.5 + 2e-3).all()
+    assert packed.codes.shape == (1, 2, 8 * bits, 64)
 
 
 def test_empty_slots_widen_no_range():
@@ -73,11 +83,23 @@ def test_positions_survive_the_bitmap(tokens, data):
     assert torch.equal(bitmap.unpack_positions(packed, slots), padded)
 
 
+def slots_of(rows, heads, slots, width, seed=3):
+    """Keys, values and positions (every other token) of a layer."""
+    make = torch.Generator().manual_seed(seed)
+    key = torch.randn(rows, heads, slots, width, generator=make)
+    value = torch.randn(rows, heads, slots, width, generator=make)
+    return key, value, torch.arange(0, 2 * slots, 2, dtype=torch.int32).expand(rows, heads, slots)
+
+
+def everything(positions):
+    return torch.arange(positions.shape[2]).expand(positions.shape)
+
+
 def test_the_newest_slots_are_kept_as_they_are():
-    make = torch.Generator().manual_seed(3)
-    key, value = torch.randn(2, 2, 150, 32, generator=make), torch.randn(2, 2, 150, 32, generator=make)
-    positions = torch.arange(0, 300, 2, dtype=torch.int32).expand(2, 2, 150)
-    packed = PackedStorage.pack(Storage.whole(key, value, positions, 0), bits=4, recent=20, tokens=300, room=3)
+    key, value, positions = slots_of(2, 2, 150, 32)
+    packed = PackedStorage.gather(
+        key, value, positions, everything(positions), [Level(4, 4)], recent=20, tokens=300, room=3, padded=False
+    )
     keys, values = packed.view()
     empty = packed.length - 150
     assert empty == -130 % 64
@@ -92,6 +114,29 @@ def test_the_newest_slots_are_kept_as_they_are():
     assert torch.equal(swapped.view()[0], packed.view()[0].flip(0))
 
 
+def test_tiers_take_the_best_slots_first():
+    key, value, positions = slots_of(2, 3, 190, 32)
+    scores = torch.rand(2, 3, 190, generator=torch.Generator().manual_seed(5))
+    levels = [Level(16, 16, 30), Level(8, 4, 65), Level(2, 2)]
+    packed = PackedStorage.gather(
+        key, value, positions, everything(positions), levels, recent=10, tokens=380, room=0, padded=False, scores=scores
+    )
+    assert [t.pages.most for t in packed.tiers] == [1, 2, 2]
+    empty = packed.length - 190
+    keys, values = (t[:, :, empty:] for t in packed.view())
+    assert torch.equal(packed.positions[:, :, empty:], positions)
+    assert torch.equal(packed.valid().sum(1), torch.tensor([190, 190]))
+    rank = scores[:, :, :180].argsort(-1, descending=True).argsort(-1)  # of the slots that are not the newest
+    key_error, value_error = ((a - b).abs().amax(-1) for a, b in ((keys, key), (values, value)))
+    for low, high, least, most in ((0, 30, 0, 0), (30, 95, 1e-4, 0.02), (95, 180, 0.1, 1.2)):
+        inside = (rank >= low) & (rank < high)
+        assert least <= key_error[:, :, :180][inside].mean() <= most
+    assert 0.05 < value_error[:, :, :180][(rank >= 30) & (rank < 95)].mean() < 0.3
+    assert not key_error[:, :, 180:].any() and not value_error[:, :, 180:].any()
+    spec = packed.spec
+    assert packed.nbytes == packed_bytes(spec, 190, levels, recent=10, tokens=380, room=0)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family_in_fewer_bits(name):
@@ -99,7 +144,7 @@ def test_every_family_in_fewer_bits(name):
     plain.set_attn_implementation("pyramidkv")
     ids = torch.randint(3, 101, (2, 200), generator=torch.Generator().manual_seed(4))
     exact = {}
-    for bits in (16, 8, 4):
+    for bits in (16, 8, 4, 2):
         cache = pyramidkv.PyramidKVCache(plain.config, method="rms", keep=0.9, recent=16, bits=bits, room=5)
         plain(ids[:, :150], past_key_values=cache)
         report = [layer for layer in cache.report().layers if layer.compressed]
@@ -109,13 +154,13 @@ def test_every_family_in_fewer_bits(name):
         chunk = plain(ids[:, 150:190], past_key_values=cache).logits
         steps = [plain(ids[:, i : i + 1], past_key_values=cache).logits for i in range(190, 200)]
         exact[bits] = torch.cat([chunk, *steps], dim=1)
-    for bits, most in ((8, 0.02), (4, 0.25)):
+    for bits, most in ((8, 0.02), (4, 0.25), (2, 0.9)):
         error = (exact[bits] - exact[16]).norm() / exact[16].norm()
         assert 0 < error < most
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 2])
 def test_a_row_is_packed_alone_as_in_a_padded_batch(bits):
     plain = model("llama-4-2-32")
     plain.set_attn_implementation("pyramidkv")
@@ -195,7 +240,7 @@ def test_packing_alone_counts_as_compression(recwarn):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 3}, "bits=3: must be one of 16, 8, 4"),
+        ({"bits": 3}, "bits=3: must be one of 16, 8, 4, 2"),
         ({"bits": True}, "bits=True"),
         ({"kv_dtype": "float8"}, "kv_dtype='float8': unknown"),
         ({"share": 0.0, "keep": None}, "share=0.0: must be a share of the full cache's bytes"),

@@ -28,7 +28,7 @@ from pyramidkv.ops.decode_attention import decode_attention, why_naive
 from pyramidkv.ops.select import select
 from pyramidkv.packed import PackedStorage
 from pyramidkv.parallel import first_head
-from pyramidkv.plan import Plan, limits
+from pyramidkv.plan import Plan, levels, limits
 from pyramidkv.scorers import Observation, Scorer
 from pyramidkv.shape import cache_shape
 from pyramidkv.sliding import SlidingLayer
@@ -309,7 +309,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         padded = min(self.held) < width
         self.storage = None  # the old buffer may go before the new one is made
         if width == slots and not padded:
-            self._keep(Storage.whole(key, value, positions, self._spare, self._stored_as(key), self._buffers_from))
+            self._keep(key, value, positions, None, padded, None)
             return
         if self.scorer is None:
             scores = positions.float()  # nothing is dropped but padding: any finite score will do
@@ -329,34 +329,39 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         else:  # counted from each row's own end: there may be padding among the last slots
             newest = valid.flip(-1).cumsum(-1).flip(-1) <= recent
             scores = scores.masked_fill(newest[:, None], float("inf")).masked_fill(~valid[:, None], float("-inf"))
-        index = select(scores, self.held, width)
-        self._keep(
-            Storage.gather(key, value, positions, index, self._spare, padded, self._stored_as(key), self._buffers_from)
-        )
+        self._keep(key, value, positions, select(scores, self.held, width), padded, scores)
 
     def _stored_as(self, like: Tensor) -> torch.dtype:
         name = self.plan.config.kv_dtype
         dtype: torch.dtype = like.dtype if name == "auto" else getattr(torch, name)
         return dtype
 
-    @property
-    def _spare(self) -> int:
-        """Free slots of a new buffer; packing makes one of its own."""
-        return self._room if self.plan.config.bits == 16 else 0
-
-    @property
-    def _buffers_from(self) -> Pool | None:
-        return self.pool if self.plan.config.bits == 16 else None
-
-    def _keep(self, storage: Storage) -> None:
-        config = self.plan.config
-        if config.bits == 16:
-            self.storage = storage
-            return
-        tokens = max(self.counts)
-        self.storage = PackedStorage.pack(
-            storage, bits=config.bits, recent=config.recent, tokens=tokens, room=config.room
-        )
+    def _keep(
+        self, key: Tensor, value: Tensor, positions: Tensor, index: Tensor | None, padded: bool, scores: Tensor | None
+    ) -> None:
+        """Store the slots `index`, or all."""
+        config, dtype = self.plan.config, self._stored_as(key)
+        precisions = levels(config)
+        if precisions:
+            if index is None:
+                index = torch.arange(key.shape[2], device=key.device).expand(positions.shape)
+            self.storage = PackedStorage.gather(
+                key,
+                value,
+                positions,
+                index,
+                precisions,
+                recent=config.recent,
+                tokens=max(self.counts),
+                room=config.room,
+                padded=padded,
+                scores=scores,
+                dtype=dtype,
+            )
+        elif index is None:
+            self.storage = Storage.whole(key, value, positions, config.room, dtype, self.pool)
+        else:
+            self.storage = Storage.gather(key, value, positions, index, config.room, padded, dtype, self.pool)
 
 
 class PyramidKVCache(Cache):  # type: ignore[misc]

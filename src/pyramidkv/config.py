@@ -14,7 +14,7 @@ from pyramidkv.errors import ConfigError
 from pyramidkv.methods import METHODS
 
 AMOUNTS = ("budget", "keep", "share", "bytes")
-BITS = (16, 8, 4)
+BITS = (16, 8, 4, 2)
 DECODES = ("auto", "eager", "graph", "compiled")
 KV_DTYPES = ("auto", "float32", "float16", "bfloat16")
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -44,8 +44,8 @@ class CompressionConfig:
         beta: slope of the pyramid (PyramidKV, section 4.2); 1 is uniform, larger is steeper.
         sinks: first tokens kept by "streamingllm" (arXiv 2309.17453).
         seed: of "random".
-        bits: of a stored number: 16 stores it in `kv_dtype`; 8 or 4 store codes, keys scaled per channel over
-            groups of 64 tokens, values per token (KIVI, arXiv 2402.02750). 4 for "auto".
+        bits: of a stored number: 16 stores it in `kv_dtype`; 8, 4 or 2 store codes, keys scaled per channel over
+            pages of 64 tokens, values per token (KIVI, arXiv 2402.02750). 4 for "auto".
         kv_dtype: of what is stored: "auto" (as the model computes), "float32", "float16" or "bfloat16".
         room: slots for new tokens allocated beside the kept ones; a layer grows by as many when they are used up.
         decode: how new tokens are computed in a session: "eager", "graph" (one CUDA graph, replayed for every token),

@@ -1,78 +1,120 @@
-"""Storage in fewer bits: the older slots as codes, the newest and all that is decoded as the model computes them.
+"""Storage in fewer bits: tiers of pages for the older slots; the newest, and all that is decoded, stay as computed.
 
-The same slots in the same order as `Storage`, which holds the newest part; only the number of bits differs. Groups of
-keys are counted from the newest packed slot backwards, so a row is packed the same way in any batch.
+A tier is what is kept at one precision, in pages (`ops/pages.py`) and with one bit a token for its positions. The
+newest slots are a `Storage`. Seen from outside, the slots of a row and head are in the order of their positions, behind
+its empty slots.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from pyramidkv.ops.bitmap import pack_positions, unpack_positions
-from pyramidkv.ops.quantize import (
-    GROUP,
-    Codes,
-    dequantize_keys,
-    dequantize_values,
-    quantize_keys,
-    quantize_values,
-    value_group,
-)
+from pyramidkv.ops.pages import Pages, page_bound
+from pyramidkv.ops.quantize import PAGE, key_bytes, value_bytes
 from pyramidkv.storage import Spec, Storage
 
 
-class _Old(NamedTuple):
-    """The packed slots of one layer, oldest first."""
+class Level(NamedTuple):
+    """What a tier is to hold of the slots of each row and head that are not the newest."""
 
-    keys: Codes
-    values: Codes
-    bitmap: Tensor  # (B, H, tokens / 8) uint8: their positions
-    empty: Tensor  # (B,) int32: empty slots at the front of each row
-    slots: int
+    key_bits: int
+    value_bits: int
+    slots: int | None = None  # the most that any head may have; None: all that the levels before have left
+    limits: Tensor | None = None  # (B, H) integers, each at most `slots`: what each row and head may have
+    total: int | None = None  # the most of the heads of a row together, stored in as many pages; None: all `slots`
+
+
+class Tier(NamedTuple):
+    """What is kept at one precision."""
+
+    pages: Pages
+    bitmap: Tensor  # (B, H, tokens / 8) uint8: the positions, one bit a token
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, by name."""
+        return self.pages.tensors() | {"bitmap": self.bitmap}
+
+    def positions(self) -> Tensor:
+        """(B, H, 64 * most) int32, rising; -1 for an empty slot."""
+        return unpack_positions(self.bitmap, self.pages.most * PAGE)
+
+    def rows(self, index: Tensor) -> Tier:
+        """A copy with the rows `index` (N,), in that order."""
+        return Tier(self.pages.rows(index), self.bitmap.index_select(0, index.to(self.bitmap.device)))
 
 
 class PackedStorage:
-    """A drop-in for `Storage` whose slots, but for the newest `recent` at the time of packing, take `bits` bits."""
+    """A drop-in for `Storage` whose slots, but for the newest at the time of packing, lie in tiers of fewer bits."""
 
-    def __init__(self, old: _Old, new: Storage) -> None:
-        self.old = old
+    def __init__(self, tiers: tuple[Tier, ...], new: Storage) -> None:
+        self.tiers = tiers
         self.new = new
 
     @classmethod
-    def pack(cls, full: Storage, *, bits: int, recent: int, tokens: int, room: int) -> PackedStorage | Storage:
-        """Pack all but the newest `recent` slots of `full`; positions are below `tokens`.
+    def gather(
+        cls,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        index: Tensor,
+        levels: Sequence[Level],
+        *,
+        recent: int,
+        tokens: int,
+        room: int,
+        padded: bool,
+        scores: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> PackedStorage | Storage:
+        """The slots `index` (B, H, N), rising behind -1s, of (B, H, K, *) tensors; all but the newest are packed.
 
-        If that leaves nothing to pack, they are stored as they are.
+        Args:
+            key, value, positions: all slots; positions below `tokens`, -1 for an empty slot.
+            index: the slots to keep, the newest `recent` of each row and head among them.
+            levels: what goes where, the best slots first.
+            recent: slots of each row and head that are not packed.
+            tokens: real tokens of the longest row.
+            room: free slots behind the newest.
+            padded: some rows or heads keep fewer than `recent` slots.
+            scores: (B, H, K); with several levels, by which the slots are ranked.
+            dtype: of what is stored as it is; None: theirs.
+
+        Returns:
+            A plain `Storage` if there is nothing to pack.
         """
-        count = full.length - recent
-        key, value = full.view()
-        positions = full.positions[:, :, : full.length]
+        count = index.shape[2] - recent
+        newest = Storage.gather(key, value, positions, index[:, :, max(count, 0) :], room, padded, dtype)
         if count <= 0:
-            plain = Storage.whole(key, value, positions, room)
-            plain.padded = full.padded
-            return plain
-        front = -count % GROUP  # empty slots that make the first group whole
-        old_key, old_value, old_positions = (t[:, :, :count] for t in (key, value, positions))
-        shown = pad(old_positions, (front, 0), value=-1)
-        old = _Old(
-            quantize_keys(pad(old_key, (0, 0, front, 0)), bits, shown >= 0),
-            quantize_values(pad(old_value, (0, 0, front, 0)), bits),
-            pack_positions(old_positions, tokens),
-            (shown[:, 0] < 0).sum(-1, dtype=torch.int32),
-            front + count,
-        )
-        new = Storage.whole(key[:, :, count:], value[:, :, count:], positions[:, :, count:], room)
-        new.padded = full.padded
-        return cls(old, new)
+            return newest
+        stored = newest.dtype
+        tiers = []
+        for level, chosen in zip(levels, _split(index[:, :, :count], levels, scores), strict=True):
+            if chosen.shape[2] == 0:
+                continue
+            where = positions.gather(2, chosen.clamp(min=0)).masked_fill(chosen < 0, -1)
+            if len(levels) > 1:  # from the order of scores back to that of positions
+                where, order = where.sort(dim=-1)
+                chosen = chosen.gather(2, order)
+            pages = Pages.gather(
+                key.detach().to(stored) if level.key_bits == 16 else key,
+                value.detach().to(stored) if level.value_bits == 16 else value,
+                chosen,
+                level.key_bits,
+                level.value_bits,
+                level.total,
+            )
+            tiers.append(Tier(pages, pack_positions(where, tokens)))
+        return cls(tuple(tiers), newest)
 
     @property
     def length(self) -> int:
-        """Slots in use, empty ones included."""
-        return self.old.slots + self.new.length
+        """Slots in use of each row and head, empty ones included."""
+        return sum(tier.pages.most for tier in self.tiers) * PAGE + self.new.length
 
     @property
     def padded(self) -> bool:
@@ -82,8 +124,10 @@ class PackedStorage:
     @property
     def positions(self) -> Tensor:
         """(B, H, length) int32; -1 for an empty slot."""
-        old = unpack_positions(self.old.bitmap, self.old.slots)
-        return torch.cat([old, self.new.positions[:, :, : self.new.length]], dim=2)
+        parts = [tier.positions() for tier in self.tiers]
+        if len(parts) > 1:
+            parts = [torch.cat(parts, dim=2).sort(dim=-1).values]
+        return torch.cat([*parts, self.new.positions[:, :, : self.new.length]], dim=2)
 
     @property
     def spec(self) -> Spec:
@@ -95,20 +139,27 @@ class PackedStorage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storages: codes, scales, zero points, bitmap, and the newest slots."""
-        tensors = (*self.old.keys.tensors(), *self.old.values.tensors(), self.old.bitmap, self.old.empty)
-        return self.new.nbytes + sum(t.untyped_storage().nbytes() for t in tensors)
+        """Bytes of all storages: codes, scales, zero points, bitmaps, the layout of pages, and the newest slots."""
+        return self.new.nbytes + sum(
+            t.untyped_storage().nbytes() for tier in self.tiers for t in tier.tensors().values()
+        )
 
     def view(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The keys and values in use, unpacked: a copy, in `dtype` or that of the newest."""
         key, value = self.new.view(dtype)
-        old_key = dequantize_keys(self.old.keys, key.dtype)
-        old_value = dequantize_values(self.old.values, value.dtype)
+        parts = [tier.pages.unpack(key.dtype) for tier in self.tiers]
+        if len(parts) > 1:
+            order = torch.cat([tier.positions() for tier in self.tiers], dim=2).argsort(dim=-1)[..., None]
+            both = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
+            parts = [tuple(x.gather(2, order.expand(-1, -1, -1, x.shape[-1])) for x in both)]  # type: ignore[list-item]
+        (old_key, old_value), *_ = parts
         return torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
 
     def valid(self) -> Tensor:
         """(B, length) bool, False for empty slots."""
-        old = torch.arange(self.old.slots, device=self.old.empty.device) >= self.old.empty[:, None]
+        old = torch.cat([tier.pages.valid()[:, 0] for tier in self.tiers], dim=1)
+        if len(self.tiers) > 1:
+            old = old.sort(dim=-1).values
         new = self.new.valid()
         if new is None:
             new = old.new_ones(old.shape[0], self.new.length)
@@ -124,20 +175,44 @@ class PackedStorage:
 
     def rows(self, index: Tensor) -> PackedStorage:
         """A copy with the rows `index` (N,), in that order."""
-        old = self.old
-        bitmap, empty = (t.index_select(0, index.to(t.device)) for t in (old.bitmap, old.empty))
-        return PackedStorage(
-            _Old(old.keys.rows(index), old.values.rows(index), bitmap, empty, old.slots), self.new.rows(index)
-        )
+        return PackedStorage(tuple(tier.rows(index) for tier in self.tiers), self.new.rows(index))
 
 
-def packed_bytes(spec: Spec, kept: int, *, bits: int, recent: int, tokens: int, room: int) -> int:
-    """Bytes of a layer that holds `kept` of `tokens` tokens of each row, as `PackedStorage.pack` stores them."""
-    count = kept - recent
-    if bits == 16 or count <= 0:
+def _split(index: Tensor, levels: Sequence[Level], scores: Tensor | None) -> list[Tensor]:
+    """The slots `index` (B, H, N) of each level, (B, H, *) with -1 for none; those with the highest scores first."""
+    if len(levels) == 1 and levels[0].slots is None and levels[0].limits is None:
+        return [index]
+    if scores is None:
+        raise ValueError("scores=None: what goes to which level is decided by the scores of the slots")
+    worth = scores.gather(2, index.clamp(min=0)).masked_fill(index < 0, float("-inf"))
+    index = index.gather(2, worth.sort(dim=-1, descending=True, stable=True).indices)
+    parts = []
+    taken: int | Tensor = 0  # of each head, by the levels before; (B, H, 1) where heads differ
+    for level in levels:
+        slots = index.shape[2] - (taken if isinstance(taken, int) else 0) if level.slots is None else level.slots
+        place = torch.arange(slots, device=index.device)
+        there = (place + taken < index.shape[2]).expand(*index.shape[:2], slots)
+        if level.limits is not None:
+            there = there & (place < level.limits[..., None])
+        place = (place + taken).clamp(max=index.shape[2] - 1).expand(there.shape)
+        parts.append(index.gather(2, place).masked_fill(~there, -1))
+        taken = taken + (slots if level.limits is None else level.limits[..., None])
+    return parts
+
+
+def packed_bytes(spec: Spec, kept: int, levels: Sequence[Level], *, recent: int, tokens: int, room: int) -> int:
+    """Bytes of a layer that holds `kept` of `tokens` tokens a row, as `PackedStorage.gather` stores them."""
+    left = kept - recent
+    if not levels or left <= 0:
         return spec.slot_bytes * (kept + room)
-    slots = count + -count % GROUP
-    codes = slots * (spec.key_width + spec.value_width) * bits // 8
-    scales = 4 * (slots // GROUP * spec.key_width + slots * spec.value_width // value_group(spec.value_width))
-    head = codes + scales + -(-tokens // 8)
-    return spec.rows * (spec.heads * head + 4) + spec.slot_bytes * (recent + room)
+    size = spec.slot_bytes * (recent + room)
+    for level in levels:
+        slots = left if level.slots is None else min(level.slots, left)
+        if slots == 0:
+            continue
+        left -= slots
+        page = key_bytes(spec.key_width, level.key_bits, spec.itemsize)
+        page += value_bytes(spec.value_width, level.value_bits, spec.itemsize)
+        layout = spec.heads * (3 * 4 + -(-tokens // 8))
+        size += spec.rows * (page_bound(spec.heads, slots, level.total) * page + layout)
+    return size

@@ -10,7 +10,7 @@ from pyramidkv.budget import layer_budgets, total_for_share
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError
 from pyramidkv.methods import METHODS
-from pyramidkv.packed import packed_bytes
+from pyramidkv.packed import Level, packed_bytes
 from pyramidkv.shape import CacheShape
 from pyramidkv.storage import Spec
 
@@ -100,7 +100,7 @@ class Plan:
             packed_bytes(
                 self._spec(layer, batch, itemsize),
                 kept,
-                bits=config.bits,
+                levels(config),
                 recent=config.recent,
                 tokens=tokens,
                 room=config.room,
@@ -119,6 +119,11 @@ class Plan:
                 held = layer.sliding_window if tokens is None else min(tokens, layer.sliding_window - 1)
                 total += 2 * layer.kv_heads * layer.head_dim * itemsize * held
         return batch * total
+
+
+def levels(config: CompressionConfig) -> tuple[Level, ...]:
+    """The precisions that older slots are stored in; none: all stay as the model computes them."""
+    return () if config.bits == 16 else (Level(config.bits, config.bits),)
 
 
 def limits(plan: Plan, rank: int, counts: Sequence[int], *, itemsize: int) -> list[int]:

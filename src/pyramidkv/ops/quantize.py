@@ -1,8 +1,11 @@
-"""Keys and values in 8 or 4 bits, after KIVI (arXiv 2402.02750, section 3): asymmetric, rounded to nearest.
+"""Keys and values in 8, 4 or 2 bits, after KIVI (arXiv 2402.02750, section 3): asymmetric, rounded to nearest.
 
-Keys are scaled per channel over groups of tokens, since a few channels are large for every token; values per token,
-over groups of channels. Scales and zero points are float16. Two 4-bit codes share a byte: the first half of the
-channels in the low bits, the second half in the high bits.
+Everything comes in pages of 64 tokens. Keys are scaled per channel over the tokens of a page, since a few channels are
+large for every token; values per token, over groups of channels. Scales and zero points are float16.
+
+The codes of a page lie in planes: with `n` = 64 * bits / 8 rows of bytes, row r holds in its lowest bits the codes of
+token r, then those of tokens r + n, r + 2 n, ... A kernel that loads all bytes of a page has its tokens after a shift
+and a mask, in 8 / bits parts of consecutive tokens, with no exchange between threads.
 """
 
 from __future__ import annotations
@@ -12,25 +15,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GROUP = 64  # tokens that share a key's scale, and at most so many channels that share a value's
+PAGE = 64  # tokens that share a key's scale
+GROUP = 64  # at most so many channels share a value's
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantised tensor (B, H, N, D): `codes` (B, H, N, D * bits / 8) uint8, `scale` and `zero` float16."""
+    """Pages of numbers: `codes` (*, 64 * bits / 8, D) uint8 and their float16 scales; or the numbers, in 16 bits."""
 
-    codes: Tensor
-    scale: Tensor  # keys (B, H, N / GROUP, D); values (B, H, N, D / value_group(D))
-    zero: Tensor
+    codes: Tensor  # 16 bits: (*, 64, D) as the model computes them
+    scale: Tensor | None  # keys (*, D), values (*, 64, D / value_group(D)); None in 16 bits
+    zero: Tensor | None  # of the same shape
     bits: int
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.codes, self.scale, self.zero
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors there are, by name."""
+        named = {"codes": self.codes, "scale": self.scale, "zero": self.zero}
+        return {name: t for name, t in named.items() if t is not None}
 
     def rows(self, index: Tensor) -> Codes:
         """The rows `index` (N,) of the batch."""
-        codes, scale, zero = (t.index_select(0, index.to(t.device)) for t in self.tensors())
-        return Codes(codes, scale, zero, self.bits)
+        taken = {name: t.index_select(0, index.to(t.device)) for name, t in self.tensors().items()}
+        return Codes(taken["codes"], taken.get("scale"), taken.get("zero"), self.bits)
 
 
 def value_group(channels: int) -> int:
@@ -40,35 +46,50 @@ def value_group(channels: int) -> int:
     return max(n for n in range(1, GROUP + 1) if channels % n == 0)
 
 
+def key_bytes(channels: int, bits: int, itemsize: int) -> int:
+    """Bytes of a page of keys; `itemsize` counts in 16 bits, where the numbers are stored as they are."""
+    return PAGE * channels * itemsize if bits == 16 else PAGE * channels * bits // 8 + 4 * channels
+
+
+def value_bytes(channels: int, bits: int, itemsize: int) -> int:
+    """Bytes of a page of values."""
+    if bits == 16:
+        return PAGE * channels * itemsize
+    return PAGE * channels * bits // 8 + 4 * PAGE * (channels // value_group(channels))
+
+
 def quantize_keys(key: Tensor, bits: int, valid: Tensor | None = None) -> Codes:
-    """Codes of (B, H, N, D) keys, N a multiple of `GROUP`; slots where `valid` (B, H, N) is False widen no range."""
-    rows, heads, _, channels = key.shape
-    grouped = key.reshape(rows, heads, -1, GROUP, channels)
-    mask = None if valid is None else valid.reshape(rows, heads, -1, GROUP, 1)
-    codes, scale, zero = _quantize(grouped, 3, bits, mask)
-    return Codes(_pack(codes.flatten(2, 3), bits), scale.squeeze(3), zero.squeeze(3), bits)
+    """Codes of pages (*, 64, D) of keys; tokens where `valid` (*, 64) is False widen no range."""
+    if bits == 16:
+        return Codes(key, None, None, bits)
+    codes, scale, zero = _quantize(key, -2, bits, None if valid is None else valid[..., None])
+    return Codes(_pack(codes, bits), scale.squeeze(-2), zero.squeeze(-2), bits)
 
 
 def dequantize_keys(packed: Codes, dtype: torch.dtype) -> Tensor:
-    """(B, H, N, D) keys."""
-    rows, heads, groups, channels = packed.scale.shape
-    codes = _unpack(packed.codes, packed.bits).reshape(rows, heads, groups, GROUP, channels).to(dtype)
-    key: Tensor = codes * packed.scale.to(dtype).unsqueeze(3) + packed.zero.to(dtype).unsqueeze(3)
-    return key.flatten(2, 3)
+    """(*, 64, D) keys."""
+    if packed.scale is None or packed.zero is None:
+        return packed.codes.to(dtype)
+    codes = _unpack(packed.codes, packed.bits).to(dtype)
+    return codes * packed.scale.to(dtype).unsqueeze(-2) + packed.zero.to(dtype).unsqueeze(-2)
 
 
 def quantize_values(value: Tensor, bits: int) -> Codes:
-    """Codes of (B, H, N, D) values."""
-    grouped = value.reshape(*value.shape[:3], -1, value_group(value.shape[3]))  # (B, H, N, D / group, group)
-    codes, scale, zero = _quantize(grouped, 4, bits, None)
-    return Codes(_pack(codes.flatten(3, 4), bits), scale.squeeze(4), zero.squeeze(4), bits)
+    """Codes of pages (*, 64, D) of values."""
+    if bits == 16:
+        return Codes(value, None, None, bits)
+    grouped = value.reshape(*value.shape[:-1], -1, value_group(value.shape[-1]))  # (*, 64, D / group, group)
+    codes, scale, zero = _quantize(grouped, -1, bits, None)
+    return Codes(_pack(codes.flatten(-2), bits), scale.squeeze(-1), zero.squeeze(-1), bits)
 
 
 def dequantize_values(packed: Codes, dtype: torch.dtype) -> Tensor:
-    """(B, H, N, D) values."""
+    """(*, 64, D) values."""
+    if packed.scale is None or packed.zero is None:
+        return packed.codes.to(dtype)
     codes = _unpack(packed.codes, packed.bits).reshape(*packed.scale.shape, -1).to(dtype)
-    value: Tensor = codes * packed.scale.to(dtype).unsqueeze(4) + packed.zero.to(dtype).unsqueeze(4)
-    return value.flatten(3, 4)
+    value: Tensor = codes * packed.scale.to(dtype).unsqueeze(-1) + packed.zero.to(dtype).unsqueeze(-1)
+    return value.flatten(-2)
 
 
 def _quantize(x: Tensor, dim: int, bits: int, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,11 +109,16 @@ def _quantize(x: Tensor, dim: int, bits: int, valid: Tensor | None) -> tuple[Ten
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
+    """(*, 64, D) codes, each in a byte, as (*, 64 * bits / 8, D)."""
+    first, *others = codes.chunk(8 // bits, dim=-2)
+    packed = first if others else first.clone()
+    for plane, more in enumerate(others, 1):
+        packed = packed | (more << (plane * bits))
+    return packed.contiguous()
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `_pack`."""
     if bits == 8:
-        return codes
-    low, high = codes.chunk(2, dim=-1)
-    return low | (high << 4)
-
-
-def _unpack(codes: Tensor, bits: int) -> Tensor:
-    return codes if bits == 8 else torch.cat([codes & 15, codes >> 4], dim=-1)
+        return packed
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-2)
