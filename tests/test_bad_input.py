@@ -127,17 +127,6 @@ def test_a_model_in_place_of_its_config():
         PyramidKVCache(model(LLAMA), **SMALL)
 
 
-@pytest.mark.parametrize("how", ["assistant", "prompt lookup"])
-def test_assisted_decoding(how):
-    plain, assistant = model(LLAMA), model(LLAMA, seed=4)
-    options = {"assistant_model": assistant} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
-    ids = IDS[:, :10].repeat(1, 4)  # something to look up
-    message = r"assistant_model, prompt_lookup_num_tokens.*use greedy"
-    with pytest.raises(UnsupportedError, match=message), pyramidkv.compress(plain, **SMALL):
-        generate(plain, ids, **options)
-    assert torch.equal(generate(plain), generate(model(LLAMA)))
-
-
 @pytest.mark.parametrize("implementation", ["offloaded", "static", "offloaded_static"])
 def test_other_cache_implementations(implementation):
     plain = model(LLAMA)
@@ -216,13 +205,6 @@ def test_attention_weights_are_not_returned(name):
     plain = model(name)
     with pytest.raises(UnsupportedError, match="output_attentions=True"), pyramidkv.compress(plain, **SMALL):
         generate(plain, output_attentions=True, return_dict_in_generate=True)
-
-
-def test_cropping():
-    plain, cache = under()
-    plain(IDS, past_key_values=cache)
-    with pytest.raises(UnsupportedError, match="can't be cropped"):
-        cache.crop(-3)
 
 
 def test_offloading_a_layer():

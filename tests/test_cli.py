@@ -262,6 +262,46 @@ def test_generate_compares(byte_model):
     assert "The full cache gives the same 3 tokens." in same.stderr
 
 
+def test_generate_saves_a_prompt_and_goes_on_behind_it(byte_model, tmp_path):
+    path = tmp_path / "words.cache"
+    amount = ("--budget", "64", "--window", "8")
+    done = run("generate", WORDS, "-m", byte_model, "-n", "3", *amount, "--save-cache", path)
+    assert done.exit_code == 0
+    assert path.is_file()
+    answers = [run("generate", " A dog", "-m", byte_model, "-n", "4", "--json", "--load-cache", path) for _ in range(2)]
+    first, second = (json.loads(answer.stdout) for answer in answers)
+    assert first["compressed"]["ids"] == second["compressed"]["ids"]
+    assert [layer["seen_tokens"] for layer in first["cache"]["layers"]] == [len(WORDS) + len(" A dog") + 3] * 3
+    model = transformers.AutoModelForCausalLM.from_pretrained(byte_model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(byte_model)
+    model.set_attn_implementation("pyramidkv")
+    cache = pyramidkv.PyramidKVCache(model.config, budget=64, window=8)
+    words, question = (tokenizer(text, return_tensors="pt").input_ids for text in (WORDS, " A dog"))
+    with torch.no_grad():
+        model(words, past_key_values=cache)
+    mask = torch.ones(1, words.shape[1] + question.shape[1])
+    out = model.generate(question, attention_mask=mask, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert out[0, question.shape[1] :].tolist() == first["compressed"]["ids"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--save-cache", "FILE"), "is there already; give --force"),
+        (("--load-cache", "none"), "load_cache='none': no such file"),
+        (("--load-cache", "FILE", "--compare"), "compare: the full cache of a saved prompt is not there"),
+        (("--load-cache", "FILE", "--keep", "0.5"), "keep=0.5: a saved cache goes on with its own settings"),
+        (("--load-cache", "FILE"), "is truncated, or no safetensors file"),
+    ],
+)
+def test_generate_with_a_cache_file_that_will_not_do(arguments, message, byte_model, tmp_path):
+    (tmp_path / "FILE").write_text("not a cache")
+    done = run("generate", "text", "-m", byte_model, *(tmp_path / a if a == "FILE" else a for a in arguments))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert (tmp_path / "FILE").read_text() == "not a cache"
+
+
 def test_generate_shows_where_texts_part(byte_model, monkeypatch):
     from pyramidkv.cli import stream
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from pyramidkv import saved
 from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.pool import Pool
 from pyramidkv.errors import ConfigError, UnsupportedError
@@ -51,6 +53,12 @@ class NewTokens:
             return self
         return NewTokens(self.valid.to(device), self.counts)
 
+    def without_last(self, tokens: int) -> NewTokens:
+        """All but the last `tokens`, which must be real."""
+        if self.valid is None or self.counts is None:
+            return self
+        return NewTokens(self.valid[:, :-tokens], tuple(n - tokens for n in self.counts))
+
 
 ALL_REAL = NewTokens(None, None)
 
@@ -75,17 +83,26 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.held: list[int] = []  # real tokens stored of each row
         self.offset: Tensor | None = None  # (B, 1, 1) int32: what to add to a column for a row's position
         self.pool: Pool | None = None  # where buffers come from; None: from torch
+        self.settled = 0  # columns seen when something was last dropped or packed: `crop` goes back no further
+        self.record_past = False  # transformers' word for assisted decoding
+        self.drafts: int | None = None  # newest tokens of a forward that may be taken back: see `expect_drafts`
 
     # What transformers asks of a layer.
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take (B, H, T, D) keys and values; return those to attend to, (B, H, K, D), the new ones last."""
+        if self.record_past and self.drafts is None and key_states.shape[2] > 1:
+            raise UnsupportedError(
+                "assisted decoding (assistant_model, prompt_lookup_num_tokens) drafts tokens that it may take back, "
+                "and only a session knows which: call generate() inside `with pyramidkv.compress(model, ...):`"
+            )
         if self.storage is None:
             self.start(key_states.shape[0])
             keys, values = key_states, value_states
-        elif key_states.shape[2] == 1:
+        elif self._appends(key_states.shape[2]):
             self._check(key_states)
-            self.storage.append(key_states, value_states, self._columns(1, key_states.device), self._room)
+            columns = self._columns(key_states.shape[2], key_states.device)
+            self.storage.append(key_states, value_states, columns, self._room)
             keys, values = self.storage.view(key_states.dtype)
         else:
             self._check(key_states)
@@ -114,7 +131,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything; the layer can be used for another prompt."""
-        self.storage, self.offset, self.seen = None, None, 0
+        self.storage, self.offset, self.seen, self.settled = None, None, 0, 0
         self.counts, self.held = [], []
         self.is_initialized = False
 
@@ -140,12 +157,29 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         """Repeat each row."""
         self.batch_select_indices(torch.arange(len(self.counts)).repeat_interleave(repeats))
 
-    def crop(self, *_: Any) -> None:
-        raise UnsupportedError(
-            "this cache can't be cropped: what was evicted is gone. Assisted decoding (assistant_model, "
-            "prompt_lookup_num_tokens) needs cropping and does not work with compression; use greedy search, sampling "
-            "or beam search"
-        )
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest columns; 0 or negative. `PyramidKVCache.crop` has checked that they are still whole."""
+        if tokens_to_remove == 0 or self.storage is None:
+            return
+        if self.seen + tokens_to_remove == 0:
+            drafts, recording = self.drafts, self.record_past
+            self.reset()
+            self.drafts, self.record_past = drafts, recording
+            return
+        dropped = [-tokens_to_remove] * len(self.counts)
+        if self.offset is not None:
+            end = self.storage.length
+            pads = (self.storage.positions[:, 0, end + tokens_to_remove : end] < 0).sum(1)
+            self.offset = self.offset + pads.int()[:, None, None]
+            dropped = [n - pad for n, pad in zip(dropped, pads.tolist(), strict=True)]
+        self.storage.crop(-tokens_to_remove)
+        self.seen += tokens_to_remove
+        self.counts = [n - m for n, m in zip(self.counts, dropped, strict=True)]
+        self.held = [n - m for n, m in zip(self.held, dropped, strict=True)]
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding begins: `update` waits to be told which tokens are drafts."""
+        self.record_past = True
 
     def offload(self) -> None:
         raise UnsupportedError(
@@ -170,6 +204,8 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
     ) -> Tensor:
         """Attention of (B, Hq, Q, D) queries over what `update` returned, then the eviction. Returns (B, Hq, Q, D)."""
         new = new.to(key.device)
+        if self.storage is None and self.drafts:
+            return self._attend_apart(query, key, value, new, scaling, dropout)
         valid = self.visible(new, query.shape[2], key.shape[2])
         storage = self.storage
         if self._decodes(query, dropout):
@@ -179,6 +215,20 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             out = attention(query, key, value, scaling, valid, dropout)
         self.absorb(query, key, value, valid, new, scaling)
         return out
+
+    def _attend_apart(
+        self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scaling: float, dropout: float
+    ) -> Tensor:
+        """A prompt with drafts behind it, as two forwards: the drafts see what the eviction has left of the prompt."""
+        drafts, self.drafts = self.drafts, 0
+        assert drafts is not None
+        end = query.shape[2] - drafts
+        old = new.without_last(drafts)
+        first = self.attend(query[:, :, :end], key[:, :, :end], value[:, :, :end], old, scaling, dropout)
+        self.drafts = drafts
+        keys, values = self.update(key[:, :, end:], value[:, :, end:])
+        second = self.attend(query[:, :, end:], keys, values, ALL_REAL, scaling, dropout)
+        return torch.cat([first, second], dim=2)
 
     def absorb(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, new: NewTokens, scaling: float
@@ -262,7 +312,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _appends(self, queries: int) -> bool:
         """Whether a forward of that many tokens writes straight into the buffer: decoding, after a first forward."""
-        return self.storage is not None and queries == 1
+        return self.storage is not None and queries in (1, self.drafts)
 
     def _decodes(self, query: Tensor, dropout: float) -> bool:
         """Whether the decoding kernel, which reads the buffers as they lie, should serve a forward.
@@ -273,7 +323,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             return False
         alike = self.storage.dtype == query.dtype and dropout == 0
         lies_so = self.storage.padded and not self.storage.holes
-        return alike and lies_so and self._appends(query.shape[2]) and why_naive(query) is None
+        return alike and lies_so and query.shape[2] == 1 and why_naive(query) is None
 
     def visible(self, new: NewTokens, queries: int, slots: int) -> Tensor | None:
         """(B, K) bool: which of the slots attended to hold a real token; None for all of them."""
@@ -309,8 +359,11 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         padded = min(self.held) < width
         self.storage = None  # the old buffer may go before the new one is made
         if width == slots and not padded:
+            if levels(self.plan.config):
+                self.settled = self.seen + query.shape[2]
             self._keep(key, value, positions, None, padded, None)
             return
+        self.settled = self.seen + query.shape[2]
         if self.scorer is None:
             scores = positions.float()  # nothing is dropped but padding: any finite score will do
         else:
@@ -406,6 +459,51 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest tokens, exactly, as far back as the last forward that evicted or packed anything.
+
+        Args:
+            tokens_to_remove: minus the number of tokens to take back, as in transformers; 0 takes back nothing. A
+                positive number is the length to go back to, as in transformers before 5.20.
+
+        Raises:
+            UnsupportedError: something was evicted since then, or a sliding window has let its oldest tokens go.
+        """
+        seen = self.get_seq_length()
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(seen - tokens_to_remove, 0)
+        if remove > seen:
+            raise ConfigError(f"tokens_to_remove={tokens_to_remove}: the cache has seen {seen} tokens")
+        for index, layer in enumerate(self.layers if remove else []):
+            if isinstance(layer, PyramidKVLayer):
+                if seen - remove < layer.settled:
+                    raise UnsupportedError(
+                        f"crop({tokens_to_remove}) would go back to {seen - remove} tokens, but layer {index} evicted "
+                        f"or packed when it had seen {layer.settled}, and what it dropped is gone: only the "
+                        f"{seen - layer.settled} tokens since then can be taken back; fork() the cache before a turn "
+                        "to come back to that point"
+                    )
+            elif layer.get_seq_length() >= layer.sliding_window and not getattr(layer, "record_past", False):
+                raise UnsupportedError(
+                    f"crop({tokens_to_remove}): layer {index} has a sliding window of {layer.sliding_window} tokens "
+                    "and has let older ones go; fork() the cache before what is to be taken back"
+                )
+        for layer in self.layers:
+            layer.crop(-remove)
+
+    @property
+    def records_past(self) -> bool:
+        """Whether assisted decoding has announced itself (transformers 5.20 or newer)."""
+        return any(getattr(layer, "record_past", False) for layer in self.layers)
+
+    def expect_drafts(self, drafts: int) -> None:
+        """Say that the newest `drafts` tokens of the next forward may be taken back: they are added, never evicted for.
+
+        A session says so for assisted decoding; of a first forward, the tokens before them are the prompt.
+        """
+        for layer in self.layers:
+            if isinstance(layer, PyramidKVLayer):
+                layer.drafts = drafts
+
     def report(self) -> CacheUsage:
         """Tokens seen and kept and bytes held, of every layer."""
         usage = []
@@ -422,8 +520,41 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
         return CacheUsage(self.config.method, tuple(usage))
 
     def fork(self) -> PyramidKVCache:
-        """An independent copy: continue one compressed context in several ways."""
+        """An independent copy: continue one compressed context in several ways. It costs as many bytes as are held."""
         return copy.deepcopy(self)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the cache to a safetensors file, whole or not at all. It holds what was in the prompt: guard it so.
+
+        Args:
+            path: the file to make.
+            overwrite: take the place of a file that is there already.
+
+        Raises:
+            ConfigError: the cache is empty.
+            DataError: the file is there already, or can't be written; nothing is left behind.
+        """
+        if self.get_seq_length() == 0:
+            raise ConfigError("save: the cache has seen no tokens; run the model with it first")
+        saved.write(path, self.layers, self.config, self._model_config, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path, model_config: Any, *, device: Any = "cpu") -> PyramidKVCache:
+        """A saved cache, which goes on exactly as the one that was saved.
+
+        Args:
+            path: a file that `save` made.
+            model_config: `model.config` of the same model. One of the same shape with other weights can't be told
+                from it.
+            device: where the model is: `model.device`.
+
+        Raises:
+            DataError: no such file, or not ours, truncated, of another format, or of another model; it says which.
+        """
+        config, fill = saved.read(path, model_config, device)
+        cache = cls(model_config, config)
+        fill(cache.layers)
+        return cache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PyramidKVCache:
         memo |= {id(x): x for x in (self._model_config, self.plan, self.config)}  # of the model, not of the cache

@@ -169,6 +169,10 @@ class PackedStorage:
         """Put (B, H, T, *) behind the slots in use, unpacked."""
         self.new.append(key, value, positions, room)
 
+    def crop(self, slots: int) -> None:
+        """Free the newest `slots` slots in use; they are not among the packed ones."""
+        self.new.crop(slots)
+
     def hide_newest(self, rows: Tensor) -> None:
         """Make the newest slot empty in the rows where (B,) bool is True."""
         self.new.hide_newest(rows)

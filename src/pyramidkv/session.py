@@ -34,6 +34,7 @@ class Session:
         self._cache: PyramidKVCache | None = None
         self._usage: CacheUsage | None = None
         self._evicted = False
+        self._generates = False  # whether the newest cache stands in for one that generate() made
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._attention: str | dict[str, str] | None = None
         self._graph: DecodeGraph | None = None
@@ -87,6 +88,13 @@ class Session:
             self._evicted = True  # the error is what the caller must see, not the warning
         self._close()
 
+    @property
+    def cache(self) -> PyramidKVCache:
+        """The newest cache, to save, fork or crop; only while the session is open. Raises if there is none."""
+        if self._cache is None:
+            raise PyramidKVError("no cache: the model has not run with one since this session was opened")
+        return self._cache
+
     def report(self) -> CacheUsage:
         """What the newest cache holds (or held, once the session is closed). Raises if there was none."""
         if self._cache is not None:
@@ -111,6 +119,8 @@ class Session:
             if past is not self._cache:
                 self._settle()
                 self._cache = past
+                self._generates = False
+            past.expect_drafts(_drafts(past, kwargs) if self._generates or past.records_past else 0)
             return args, kwargs
         if past is None and not use_cache:
             return args, kwargs
@@ -129,6 +139,10 @@ class Session:
         if self._graph is not None:
             for layer, pool in zip(self._cache.layers, self._graph.pools, strict=True):
                 layer.pool = pool
+        self._generates = past is not None
+        if past is not None and any(getattr(layer, "record_past", False) for layer in past.layers):
+            self._cache.activate_past_recording()  # assisted decoding, and sliding windows to be cropped
+        self._cache.expect_drafts(_drafts(self._cache, kwargs) if self._generates else 0)
         return args, {**kwargs, "past_key_values": self._cache}
 
     def _make_graph(self) -> DecodeGraph | None:
@@ -181,6 +195,25 @@ def _plain_step(kwargs: dict[str, Any]) -> bool:
     others = any(value is not None and value is not False for name, value in kwargs.items() if name not in known)
     single = ids is not None and ids.ndim == 2 and ids.shape[1] == 1 and kwargs.get("use_cache") is not False
     return single and not others and not torch.is_grad_enabled()
+
+
+def _drafts(cache: PyramidKVCache, kwargs: dict[str, Any]) -> int:
+    """How many of a forward's newest tokens assisted decoding may take back: as many as it wants logits of.
+
+    Of a first forward it wants those of the prompt's last token too. Plain `generate()` wants one token's logits.
+    """
+    asked, inputs = kwargs.get("logits_to_keep"), kwargs.get("input_ids")
+    if not isinstance(asked, int) or asked < 2 or inputs is None:
+        return 0
+    queries: int = inputs.shape[1]
+    if cache.get_seq_length() == 0:
+        return asked - 1
+    if asked != queries:
+        raise UnsupportedError(
+            "assisted decoding (assistant_model, prompt_lookup_num_tokens) on a cache that has seen a prompt already: "
+            "transformers would feed the whole prompt again; begin with an empty cache, or decode without an assistant"
+        )
+    return queries
 
 
 def compress(model: torch.nn.Module, config: CompressionConfig | None = None, **options: Any) -> Session:

@@ -171,6 +171,10 @@ class Storage:
         self.length = end
         self.appended += key.shape[2]
 
+    def crop(self, slots: int) -> None:
+        """Free the newest `slots` slots in use."""
+        self.length -= slots
+
     def hide_newest(self, rows: Tensor) -> None:
         """Make the newest slot empty in the rows where (B,) bool is True."""
         self.padded = self.holes = True

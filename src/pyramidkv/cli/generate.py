@@ -12,8 +12,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pyramidkv.cli.options import Device, Dtype, Json, Model, compression_options, config_from
+from pyramidkv.cli.options import Device, Dtype, Force, Json, Model, compression_options, config_from
 from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, note
+from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError, DataError
 from pyramidkv.models.shapes import DEFAULT_MODEL
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pyramidkv.cli.stream import Generated
-    from pyramidkv.config import CompressionConfig
     from pyramidkv.models.source import LoadedModel
     from pyramidkv.usage import CacheUsage
 
@@ -37,6 +37,15 @@ def generate(
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate at most.", metavar="N")
     ] = 128,
     compare: Annotated[bool, typer.Option("--compare", "-c", help="Then generate with the full cache too.")] = False,
+    save_cache: Annotated[
+        Path | None,
+        typer.Option("--save-cache", help="Save the compressed prompt, to ask more of it later.", metavar="FILE"),
+    ] = None,
+    load_cache: Annotated[
+        Path | None,
+        typer.Option("--load-cache", help="Go on behind a prompt saved with --save-cache.", metavar="FILE"),
+    ] = None,
+    force: Force = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text: no report on stderr.")] = False,
@@ -52,10 +61,16 @@ def generate(
         pyramidkv generate --file README.md --keep 0.5 -n 64
 
         cat notes.txt | pyramidkv generate - --budget 256 --compare
+
+        pyramidkv generate --file manual.txt --method auto --share 0.25 -n 1 --save-cache manual.cache
+
+        pyramidkv generate " To replace the filter," --load-cache manual.cache
     """
     config = config_from(options)
+    _check_cache_files(save_cache, load_cache, force=force, compare=compare, options=options)
     text = _prompt(prompt, file)
     calm_libraries()
+    from pyramidkv.cache import PyramidKVCache
     from pyramidkv.cli import stream
     from pyramidkv.models.source import load_model
     from pyramidkv.session import compress
@@ -63,9 +78,16 @@ def generate(
     loaded = load_model(model, device=device, dtype=dtype)
     if loaded.tokenizer is None:
         raise ConfigError(f"model={model!r}: has no tokenizer, so it can't read or write text; use {DEFAULT_MODEL!r}")
-    ids = loaded.tokenizer(text, return_tensors="pt").input_ids.to(loaded.model.device)
+    past = None
+    if load_cache is not None:
+        past = PyramidKVCache.load(load_cache, loaded.model.config, device=loaded.model.device)
+        config = past.config
+    # Behind a saved prompt there is no second beginning of the text.
+    ids = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=past is None).input_ids.to(loaded.model.device)
     if ids.shape[1] == 0:
         raise ConfigError("prompt: has no tokens in it")
+    if past is not None and not quiet:
+        note(f"{load_cache}: {past.get_seq_length():,} tokens seen, {config.method} {config.describe()}")
     if not quiet:
         note(f"{loaded.name}, {loaded.parameters:,} parameters; prompt of {ids.shape[1]:,} tokens")
     if compare:
@@ -73,10 +95,14 @@ def generate(
 
     with keeping(lambda: "the text above is as far as it got"), compress(loaded.model, config) as session:
         show = (lambda piece: None) if as_json else _print_piece
-        compressed = stream.generate(loaded.model, loaded.tokenizer, ids, new_tokens=new_tokens, show=show)
+        seen = ids.shape[1] if past is None else past.get_seq_length() + ids.shape[1]
+        compressed = stream.generate(loaded.model, loaded.tokenizer, ids, new_tokens=new_tokens, past=past, show=show)
+        usage = session.report()
+        if save_cache is not None:
+            session.cache.crop(seen - session.cache.get_seq_length())
+            session.cache.save(save_cache, overwrite=force)
     if not as_json:
         typer.echo()
-    usage = session.report()
     full = None
     if compare:
         full = stream.generate(loaded.model, loaded.tokenizer, ids, new_tokens=new_tokens)
@@ -87,6 +113,24 @@ def generate(
         _show_times(config.method, compressed, full)
     if full is not None and not as_json:
         _show_difference(loaded.tokenizer, config.method, compressed, full)
+
+
+def _check_cache_files(
+    save: Path | None, load: Path | None, *, force: bool, compare: bool, options: dict[str, Any]
+) -> None:
+    """Raise before any model is loaded."""
+    if save is not None and save.exists() and not force:
+        raise ConfigError(f"save_cache={str(save)!r}: is there already; give --force to overwrite it")
+    if load is None:
+        return
+    if not load.is_file():
+        raise DataError(f"load_cache={str(load)!r}: no such file")
+    if compare:
+        raise ConfigError("compare: the full cache of a saved prompt is not there to compare with; leave out --compare")
+    fields = {field.name: field.default for field in dataclasses.fields(CompressionConfig)}
+    for name, value in options.items():
+        if value != fields[name]:
+            raise ConfigError(f"{name}={value!r}: a saved cache goes on with its own settings; leave it out")
 
 
 def _warm_up(loaded: LoadedModel, ids: Tensor, config: CompressionConfig) -> None:

@@ -39,9 +39,20 @@ class _Stream(TextStreamer):  # type: ignore[misc]
 
 
 def generate(
-    model: Any, tokenizer: Any, ids: torch.Tensor, *, new_tokens: int, show: Callable[[str], None] = lambda _: None
+    model: Any,
+    tokenizer: Any,
+    ids: torch.Tensor,
+    *,
+    new_tokens: int,
+    past: Any = None,
+    show: Callable[[str], None] = lambda _: None,
 ) -> Generated:
-    """Greedy generation of up to `new_tokens` tokens after one prompt, `ids` (1, T); `show` gets the text in pieces."""
+    """Greedy generation of up to `new_tokens` tokens after one prompt, `ids` (1, T); `show` gets the text in pieces.
+
+    With `past`, a cache, the prompt goes behind what that has seen.
+    """
+    seen = 0 if past is None else past.get_seq_length()
+    more = {} if past is None else {"past_key_values": past}
     stream = _Stream(tokenizer, show)
     end = model.generation_config.eos_token_id
     pad = end[0] if isinstance(end, list) else end
@@ -49,11 +60,12 @@ def generate(
     with torch.inference_mode():
         made = model.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=ids.new_ones(1, seen + ids.shape[1]),
             max_new_tokens=new_tokens,
             do_sample=False,
             streamer=stream,
             pad_token_id=0 if pad is None else pad,
+            **more,
         )
     new = tuple(made[0, ids.shape[1] :].tolist())
     times = stream.times

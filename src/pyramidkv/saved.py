@@ -1,0 +1,206 @@
+"""A cache as a file: a safetensors file whose metadata say what it is, of which model, in which format.
+
+Only the slots in use are written. A file is complete or not there at all; an existing one is left alone unless the
+caller says otherwise. Nothing here knows what a method keeps or why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pyramidkv.config import CompressionConfig
+from pyramidkv.errors import ConfigError, DataError
+from pyramidkv.ops.pages import Pages
+from pyramidkv.ops.quantize import Codes
+from pyramidkv.packed import PackedStorage, Tier
+from pyramidkv.shape import CacheShape, cache_shape
+from pyramidkv.sliding import SlidingLayer
+from pyramidkv.storage import Storage
+
+KIND = "pyramidkv cache"
+FORMAT = 1  # of the file; another number is another layout, which this code can't read
+
+Tensors = dict[str, Tensor]
+Facts = dict[str, Any]  # what is no tensor, as JSON
+
+# What a key depends on beside the weights. Another model of the very same shape can't be told apart.
+_MODEL_FIELDS = ("hidden_size", "num_attention_heads", "vocab_size", "rope_parameters", "rope_scaling", "rope_theta")
+
+
+def write(path: str | Path, layers: Any, config: CompressionConfig, model_config: Any, *, overwrite: bool) -> None:
+    """Save the layers of a cache; see `PyramidKVCache.save`."""
+    path = Path(path)
+    _check_place(path, overwrite)
+    tensors: Tensors = {}
+    facts = []
+    for index, layer in enumerate(layers):
+        held, about = _dump_sliding(layer) if isinstance(layer, SlidingLayer) else _dump_layer(layer)
+        tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in held.items()}
+        facts.append(about)
+    metadata = {
+        "kind": KIND,
+        "format": str(FORMAT),
+        "library": _library(),
+        "config": json.dumps(dataclasses.asdict(config)),
+        "model": json.dumps(fingerprint(model_config)),
+        "layers": json.dumps(facts),
+    }
+    _write(path, tensors, metadata, overwrite)
+
+
+def read(path: str | Path, model_config: Any, device: Any) -> tuple[CompressionConfig, Callable[[Any], None]]:
+    """The config of a saved cache, and a function that fills the layers of a fresh one; see `PyramidKVCache.load`."""
+    shown = repr(str(path))
+    if not Path(path).is_file():
+        raise DataError(f"path={shown}: no such file")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            _check_kind(shown, metadata)
+            _check_model(shown, json.loads(metadata["model"]), fingerprint(model_config))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        config = CompressionConfig.make(**json.loads(metadata["config"]))
+        facts = json.loads(metadata["layers"])
+    except SafetensorError as error:
+        raise DataError(f"path={shown}: is truncated, or no safetensors file ({error})") from error
+    except OSError as error:
+        raise DataError(f"path={shown}: can't be read ({error})") from error
+    except ConfigError as error:
+        raise DataError(f"path={shown}: holds a config that this installation does not know: {error}") from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(f"path={shown}: its metadata are damaged ({error!r})") from error
+
+    def fill(layers: Any) -> None:
+        index = 0
+        try:
+            for index, (layer, about) in enumerate(zip(layers, facts, strict=True)):
+                own = {n.split(".", 1)[1]: t for n, t in tensors.items() if n.startswith(f"{index}.")}
+                _check_shape(own, cache_shape(model_config), index)
+                (_fill_sliding if isinstance(layer, SlidingLayer) else _fill_layer)(layer, own, about)
+        except (KeyError, ValueError, TypeError) as error:
+            raise DataError(f"path={shown}: is damaged: layer {index} ({error!r})") from error
+
+    return config, fill
+
+
+def fingerprint(model_config: Any) -> Facts:
+    """What a cache depends on of a model's config, as JSON gives it back."""
+    shape: CacheShape = cache_shape(model_config)
+    text = model_config.get_text_config(decoder=True)
+    found: Facts = {"model_type": shape.model_type, "layers": [dataclasses.astuple(layer) for layer in shape.layers]}
+    found |= {name: getattr(text, name, None) for name in _MODEL_FIELDS}
+    facts: Facts = json.loads(json.dumps(found, default=str))
+    return facts
+
+
+def _dump_layer(layer: Any) -> tuple[Tensors, Facts]:
+    facts = {"seen": layer.seen, "settled": layer.settled, "counts": list(layer.counts), "held": list(layer.held)}
+    tensors: Tensors = {} if layer.offset is None else {"offset": layer.offset}
+    tiers = layer.storage.tiers if isinstance(layer.storage, PackedStorage) else ()
+    facts["tiers"] = [
+        {"key_bits": t.pages.keys.bits, "value_bits": t.pages.values.bits, "even": t.pages.even} for t in tiers
+    ]
+    for number, tier in enumerate(tiers):
+        tensors |= {f"tier{number}.{name}": tensor for name, tensor in tier.tensors().items()}
+    new = layer.storage.new if isinstance(layer.storage, PackedStorage) else layer.storage
+    used = slice(new.length)
+    tensors |= {"keys": new.keys[:, :, used], "values": new.values[:, :, used], "positions": new.positions[:, :, used]}
+    tensors |= {} if new.start is None else {"start": new.start}
+    return tensors, facts | {"free": new.capacity - new.length, "padded": new.padded, "holes": new.holes}
+
+
+def _fill_layer(layer: Any, tensors: Tensors, facts: Facts) -> None:
+    new = Storage.whole(tensors["keys"], tensors["values"], tensors["positions"], facts["free"])
+    new.padded, new.holes, new.start = facts["padded"], facts["holes"], tensors.get("start")
+    layer.start(len(facts["counts"]))
+    layer.counts, layer.held = facts["counts"], facts["held"]
+    layer.seen, layer.settled, layer.offset = facts["seen"], facts["settled"], tensors.get("offset")
+    tiers = tuple(_tier(tensors, f"tier{number}.", about) for number, about in enumerate(facts["tiers"]))
+    layer.storage = PackedStorage(tiers, new) if tiers else new
+
+
+def _tier(tensors: Tensors, prefix: str, facts: Facts) -> Tier:
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    keys, values = (
+        Codes(own[f"{kind}.codes"], own.get(f"{kind}.scale"), own.get(f"{kind}.zero"), facts[bits])
+        for kind, bits in (("keys", "key_bits"), ("values", "value_bits"))
+    )
+    return Tier(Pages(keys, values, own["first"], own["count"], own["start"], facts["even"]), own["bitmap"])
+
+
+def _dump_sliding(layer: SlidingLayer) -> tuple[Tensors, Facts]:
+    return {"keys": layer.keys, "values": layer.values}, {"seen": layer.cumulative_length}
+
+
+def _fill_sliding(layer: SlidingLayer, tensors: Tensors, facts: Facts) -> None:
+    layer.lazy_initialization(tensors["keys"], tensors["values"])
+    layer.keys, layer.values, layer.cumulative_length = tensors["keys"], tensors["values"], facts["seen"]
+
+
+def _library() -> str:
+    from pyramidkv import __version__
+
+    return __version__
+
+
+def _check_kind(shown: str, metadata: dict[str, str]) -> None:
+    if metadata.get("kind") != KIND:
+        raise DataError(f"path={shown}: is a safetensors file, but no saved pyramidkv cache")
+    if metadata.get("format") != str(FORMAT):
+        raise DataError(
+            f"path={shown}: has format {metadata.get('format')}, written by pyramidkv {metadata.get('library')}; this "
+            f"is pyramidkv {_library()}, which reads format {FORMAT}: compress the context again"
+        )
+
+
+def _check_model(shown: str, saved: Facts, own: Facts) -> None:
+    for name, value in own.items():
+        if saved.get(name) != value:
+            raise DataError(
+                f"path={shown}: was saved from another model: {name} is {saved.get(name)} there, and {value} here"
+            )
+
+
+def _check_shape(tensors: Tensors, shape: CacheShape, index: int) -> None:
+    layer = shape.layers[index]
+    for name in ("keys", "values"):
+        found = tensors[name].shape  # under tensor parallelism, of the heads of one rank
+        if len(found) != 4 or layer.kv_heads % max(found[1], 1) or found[3] != layer.head_dim:
+            raise ValueError(f"{name} of shape {tuple(found)}")
+
+
+def _check_place(path: Path, overwrite: bool) -> None:
+    if path.is_dir():
+        raise DataError(f"path={str(path)!r}: is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise DataError(f"path={str(path)!r}: there is no folder {str(path.parent)!r}")
+    if path.exists() and not overwrite:
+        raise DataError(f"path={str(path)!r}: is there already; give another name, or overwrite=True")
+
+
+def _write(path: Path, tensors: Tensors, metadata: dict[str, str], overwrite: bool) -> None:
+    """Under another name first, then renamed: whoever looks sees a whole file or none."""
+    part = None
+    try:
+        handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        save_file(tensors, part, metadata)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        _check_place(path, overwrite)  # it may have come into being in the meantime
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"path={str(path)!r}: can't be written ({error})") from error
+    finally:
+        if part is not None:
+            Path(part).unlink(missing_ok=True)
