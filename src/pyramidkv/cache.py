@@ -374,15 +374,8 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
                     f"method={self.plan.config.method!r}: score() returned {tuple(scores.shape)}; "
                     f"it must be (B, Hkv, K), here {tuple(positions.shape)}"
                 )
-        worst = torch.finfo(torch.float32).min
-        scores = scores.float().nan_to_num(nan=worst, neginf=worst, posinf=-worst)
-        recent = self.plan.config.recent
-        if valid is None:
-            scores[..., max(slots - recent, 0) :] = float("inf")
-        else:  # counted from each row's own end: there may be padding among the last slots
-            newest = valid.flip(-1).cumsum(-1).flip(-1) <= recent
-            scores = scores.masked_fill(newest[:, None], float("inf")).masked_fill(~valid[:, None], float("-inf"))
-        self._keep(key, value, positions, select(scores, self.held, width), padded, scores)
+        index = select(scores, self.held, width, recent=self.plan.config.recent, valid=valid, finite=True)
+        self._keep(key, value, positions, index, padded, scores)
 
     def _stored_as(self, like: Tensor) -> torch.dtype:
         name = self.plan.config.kv_dtype

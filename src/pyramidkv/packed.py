@@ -81,7 +81,7 @@ class PackedStorage:
             tokens: real tokens of the longest row.
             room: free slots behind the newest.
             padded: some rows or heads keep fewer than `recent` slots.
-            scores: (B, H, K); with several levels, by which the slots are ranked.
+            scores: (B, H, K); with several levels, by which the slots are ranked, infinite ones and NaN as by `select`.
             dtype: of what is stored as it is; None: theirs.
 
         Returns:
@@ -188,7 +188,8 @@ def _split(index: Tensor, levels: Sequence[Level], scores: Tensor | None) -> lis
         return [index]
     if scores is None:
         raise ValueError("scores=None: what goes to which level is decided by the scores of the slots")
-    worth = scores.gather(2, index.clamp(min=0)).masked_fill(index < 0, float("-inf"))
+    worth = scores.gather(2, index.clamp(min=0)).float().nan_to_num(nan=torch.finfo(torch.float32).min)
+    worth = worth.masked_fill(index < 0, float("-inf"))
     index = index.gather(2, worth.sort(dim=-1, descending=True, stable=True).indices)
     parts = []
     taken: int | Tensor = 0  # of each head, by the levels before; (B, H, 1) where heads differ

@@ -10,22 +10,30 @@ import torch
 from torch import Tensor
 
 SMALLEST, LARGEST = 16, 256  # head sizes
+READ = (torch.float16, torch.bfloat16, torch.float32)
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
-def why_naive(query: Tensor) -> str | None:
-    """Why a call with this query, (B, Hq, Q, D), runs in plain torch; None if a Triton kernel can serve it."""
+def why_no_triton(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on a device; None if one can."""
     if os.environ.get("PYRAMIDKV_TRITON") == "0":
         return "PYRAMIDKV_TRITON=0"
-    if query.device.type != "cuda":
-        return f"the tensors are on {query.device.type}: the kernels are for CUDA"
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}: the kernels are for CUDA"
     if torch.version.hip is not None:
         return "the kernels have not been tried on ROCm"
     if not _TRITON:
         return "triton is not installed"
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    return None
+
+
+def why_naive(query: Tensor) -> str | None:
+    """Why a call with this query, (B, Hq, Q, D), runs in plain torch; None if a Triton kernel can serve it."""
+    if reason := why_no_triton(query.device):
+        return reason
+    if query.dtype not in READ:
         return f"the kernels do not read {str(query.dtype).removeprefix('torch.')}"
     if not SMALLEST <= query.shape[-1] <= LARGEST:
         return f"head size {query.shape[-1]} is not between {SMALLEST} and {LARGEST}"

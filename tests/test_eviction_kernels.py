@@ -1,0 +1,188 @@
+"""Selection: its plain definition against loops, and Triton against it to the last index, interpreted and on a GPU.
+
+The interpreted tests run where those of test_kernels.py do. What a kernel leaves unwritten is garbage here.
+"""
+
+import contextlib
+import math
+
+import pytest
+import torch
+
+from pyramidkv.ops.select import naive as select_naive
+from pyramidkv.ops.select import select, why_naive
+from test_kernels import interpreted, on_gpu
+
+# rows, heads, slots
+SELECT = [(1, 1, 1), (7, 1, 37), (1, 2, 300), (2, 1, 64)]
+SCORES = ["normal", "ties", "equal", "marked", "signs"]
+LIMITS = ["alike", "rows", "heads", "all"]
+EXTREME = [math.inf, -math.inf, math.nan, torch.finfo(torch.float32).max, torch.finfo(torch.float32).min, 1e-45]
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Uninitialised memory is NaN or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def select_case(shape, kind, limits, seed=0, dtype=torch.float32):
+    """Scores as a view with a stride between heads, what may be kept, the width, and which slots are valid."""
+    rows, heads, slots = shape
+    make = torch.Generator().manual_seed(seed + sum(shape))
+    fused = torch.randn(rows, heads, slots + 3, generator=make)
+    scores = fused[..., :slots]
+    if kind == "ties":
+        scores = (scores * 2).round()
+    elif kind == "equal":
+        scores = torch.full_like(fused, -0.25)[..., :slots]
+    elif kind == "signs":  # zeros are equal whatever their sign
+        scores = torch.where(scores > 1.5, 1e-30, torch.where(scores > 0, 0.0, -0.0))
+    elif kind == "marked":
+        which = torch.randint(0, 2 * len(EXTREME), scores.shape, generator=make)
+        for i, value in enumerate(EXTREME):
+            scores = scores.masked_fill(which == i, value)
+    valid = torch.rand(rows, slots, generator=make) < 0.8
+    valid[:, : slots // 5] = False
+    width = slots
+    allowed = [slots] * rows
+    if limits == "alike":
+        width = max(1, slots // 4)
+        allowed = [width] * rows
+    elif limits == "rows":
+        allowed = [(5 * row + seed) % (slots + 1) for row in range(rows)]
+        width = max(*allowed, 1)
+    elif limits == "heads":
+        allowed = torch.randint(0, slots + 1, (rows, heads), generator=make, dtype=torch.int32)
+    return scores.to(dtype), allowed, width, valid
+
+
+def kept_slots(scores, limit, recent, valid, finite):
+    """The definition for one row and head, in plain Python."""
+    largest = torch.finfo(torch.float32).max
+    marked = []
+    for score in scores:
+        score = -largest if math.isnan(score) else score
+        marked.append(min(max(score, -largest), largest) if finite else score)
+    real = [i for i, ok in enumerate(valid) if ok]
+    for i in real[max(len(real) - recent, 0) :]:
+        marked[i] = math.inf
+    order = sorted((i for i in real if marked[i] > -math.inf), key=lambda i: (-marked[i], i))
+    return sorted(order[:limit])
+
+
+@pytest.mark.parametrize("shape", SELECT)
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize(("recent", "finite", "padded"), [(0, False, False), (9, True, True), (400, False, True)])
+def test_select_is_its_definition(shape, kind, limits, recent, finite, padded):
+    scores, allowed, width, valid = select_case(shape, kind, limits)
+    valid = valid if padded else None
+    before = scores.clone()
+    got = select(scores, allowed, width, recent=recent, valid=valid, finite=finite)
+    assert got.dtype == torch.int64 and got.shape == (*shape[:2], width)
+    assert torch.equal(scores.nan_to_num(), before.nan_to_num())
+    for b in range(shape[0]):
+        for h in range(shape[1]):
+            limit = int(allowed[b, h]) if isinstance(allowed, torch.Tensor) else allowed[b]
+            real = [True] * shape[2] if valid is None else valid[b].tolist()
+            expected = kept_slots(scores[b, h].tolist(), limit, recent, real, finite)
+            assert got[b, h].tolist() == [-1] * (width - len(expected)) + expected
+
+
+def test_the_reason_for_plain_torch_is_given_by_select(monkeypatch):
+    assert "on cpu" in why_naive(torch.zeros(1, 1, 4))
+    assert "float64" in why_naive(torch.zeros(1, 1, 4, dtype=torch.float64))
+    monkeypatch.setenv("PYRAMIDKV_TRITON", "0")
+    assert why_naive(torch.zeros(1, 1, 4)) == "PYRAMIDKV_TRITON=0"
+
+
+def same_selection(shape, kind, limits, recent, finite, padded, dtype=torch.float32, device="cpu", **options):
+    """Whether the kernel selects what plain torch does."""
+    from pyramidkv.ops.select import triton
+
+    scores, allowed, width, valid = select_case(shape, kind, limits, dtype=dtype)
+    valid = valid if padded else None
+    expected = select_naive.select(scores, allowed, width, recent=recent, valid=valid, finite=finite)
+    if device != "cpu":
+        scores = scores.to(device)
+        allowed = allowed.to(device) if isinstance(allowed, torch.Tensor) else allowed
+        valid = None if valid is None else valid.to(device)
+    with poisoned():
+        got = triton.select(scores, allowed, width, recent=recent, valid=valid, finite=finite, **options)
+    return got.dtype == torch.int64 and torch.equal(got.cpu(), expected)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("shape", "kind", "limits", "recent", "finite", "padded"),
+    [
+        ((1, 1, 1), "normal", "all", 0, False, False),
+        ((7, 1, 37), "marked", "rows", 3, True, True),
+        ((1, 2, 300), "normal", "alike", 32, True, False),
+        ((1, 2, 300), "marked", "heads", 0, False, True),
+        ((1, 1, 300), "marked", "alike", 400, True, True),
+        ((1, 1, 300), "equal", "alike", 9, False, False),
+        ((2, 1, 64), "signs", "alike", 0, False, False),
+        ((2, 1, 64), "ties", "all", 64, False, True),
+    ],
+)
+def test_interpreted_select(shape, kind, limits, recent, finite, padded):
+    assert same_selection(shape, kind, limits, recent, finite, padded)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["ties", "marked"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_interpreted_select_in_several_blocks(kind, padded):
+    from pyramidkv.ops.select.triton import Blocks
+
+    assert same_selection((1, 1, 300), kind, "alike", 40, not padded, padded, blocks=Blocks(128, 4))
+
+
+@interpreted
+def test_interpreted_select_in_half_precision():
+    assert same_selection((1, 1, 300), "normal", "alike", 8, True, False, dtype=torch.float16)
+
+
+@on_gpu
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 3, 37), (2, 4, 1000), (1, 32, 6144), (7, 2, 8192), (1, 3, 16385)])
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize(("recent", "finite", "padded"), [(0, False, False), (9, True, True), (4000, False, True)])
+def test_gpu_select(shape, kind, limits, recent, finite, padded):
+    assert same_selection(shape, kind, limits, recent, finite, padded, device="cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+def test_gpu_select_of_very_many(kind):
+    assert same_selection((1, 1, 1_000_003), kind, "alike", 32, True, False, device="cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("warps", [4, 8, 16, 32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gpu_select_in_half_precision(warps, dtype):
+    from pyramidkv.ops.select.triton import Blocks
+
+    blocks = Blocks(4096, warps)
+    assert same_selection((2, 3, 4001), "marked", "rows", 8, True, True, dtype=dtype, device="cuda", blocks=blocks)
+
+
+@on_gpu
+@pytest.mark.parametrize("limits", ["alike", "rows", "heads"])
+def test_gpu_select_does_not_wait(limits):
+    scores, allowed, width, valid = select_case((7, 2, 500), "normal", limits)
+    scores, valid = scores.cuda(), valid.cuda()
+    allowed = allowed.cuda() if isinstance(allowed, torch.Tensor) else allowed
+    select(scores, allowed, width, recent=8, valid=valid, finite=True)  # compiled, and memory allocated
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        select(scores, allowed, width, recent=8, valid=valid, finite=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
