@@ -144,7 +144,12 @@ def test_beam_search_decodes_the_usual_way():
 def test_the_step_compiles_whole_and_once(monkeypatch):
     compiled = []
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **o: compiled.append(o) or compile_(f, backend="eager", **o))
+
+    def traced(step, options, **how):
+        compiled.append(how)
+        return compile_(step, backend="eager", **how)
+
+    monkeypatch.setattr(torch, "compile", traced)
     plain = model("gpt_neox-2-2-80")
     ids, mask, _ = padded_batch((61, 40, 23))
     for keep in (0.4, 0.3):  # other capacities, another session

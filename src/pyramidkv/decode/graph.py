@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from pyramidkv.cache import PyramidKVCache, PyramidKVLayer
 
 _ATTRIBUTE = "_pyramidkv_step"
+_ASIDE: dict[torch.device, torch.cuda.Stream] = {}  # one a device: cuBLAS keeps 32 MB for every stream it has seen
+# At batch 1 a product with a weight becomes a reduction fused with what follows, and its tiles are tried out.
+INDUCTOR: dict[str, Any] = {"coordinate_descent_tuning": True}
 WARM_UPS = 2  # runs before a capture: kernels are compiled and libraries set up in them
 Step = Callable[[Tensor, Tensor], Tensor]  # tokens (B, 1) and positions (B, 1) to logits (B, 1, V)
 
@@ -36,19 +39,23 @@ class _Compiled:
 
     def __init__(self, forward: Callable[..., Any], layers: int) -> None:
         self.cache = StepCache(layers)
-        self.step: Step = torch.compile(step_of(forward, self.cache), fullgraph=True, dynamic=False)
+        self.step: Step = torch.compile(
+            step_of(forward, self.cache), fullgraph=True, dynamic=False, options=dict(INDUCTOR)
+        )
 
 
 def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """What replays a CUDA graph of `work`, which runs `WARM_UPS` times beforehand."""
-    aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    if device not in _ASIDE:
+        _ASIDE[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    aside = _ASIDE[device]
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside), torch.no_grad():
         for _ in range(WARM_UPS):
             work()
     torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
+    with torch.cuda.graph(graph, stream=aside), torch.no_grad():
         work()
     replay: Callable[[], None] = graph.replay
     return replay

@@ -1,0 +1,131 @@
+"""Where the time of a decoding step goes: device time of a replay, what `generate()` adds, and kernels by name.
+
+    python benchmarks/decode_gpu.py --model pythia-2.8b --dtype float16 --prompt 6144 --batch 1 --batch 8 --out decode.json
+
+Random weights of the true shape. `--inductor` names settings of torch's compiler to compare, such as `default`,
+`coordinate_descent_tuning` or `max_autotune`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.profiler import ProfilerActivity, profile
+
+import pyramidkv
+from pyramidkv.decode import graph as graphs
+from pyramidkv.models.source import load_model
+
+STEPS = 40
+
+
+def device_ms(replay: Any, count: int = STEPS) -> float:
+    """Median over five runs of the device time of one replay, launched back to back."""
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(count):
+            replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / count)
+    return statistics.median(times)
+
+
+def kernels(replay: Any, count: int = 5) -> dict[str, dict[str, float]]:
+    """Microseconds and launches a step of every kernel that takes more than 5 us of it."""
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        for _ in range(count):
+            replay()
+        torch.cuda.synchronize()
+    found = {
+        e.key: {"us": e.device_time_total / count, "launches": e.count / count}
+        for e in prof.key_averages()
+        if e.device_time_total / count > 5
+    }
+    return dict(sorted(found.items(), key=lambda item: -item[1]["us"]))
+
+
+def measure(model: Any, config: pyramidkv.CompressionConfig, batch: int, prompt: int) -> dict[str, Any]:
+    ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device="cuda")
+    row: dict[str, Any] = {"config": f"{config.method} {config.describe()}", "batch": batch, "prompt": prompt}
+    start = time.perf_counter()
+    with pyramidkv.compress(model, config) as session, torch.no_grad():
+        cache = model(ids, logits_to_keep=1).past_key_values
+        token = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
+        for _ in range(3):
+            model(token, past_key_values=cache)
+        torch.cuda.synchronize()
+        row["seconds_to_first_replay"] = time.perf_counter() - start
+        at = session._graph._captured
+        lengths = at.lengths.clone()
+
+        def replay() -> None:
+            at.replay()
+            at.lengths.copy_(lengths)
+
+        row["replay_ms"] = device_ms(replay)
+        times = []
+        for _ in range(STEPS):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            model(token, past_key_values=cache)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        row["forward_ms"] = 1e3 * statistics.median(times)
+        row["kernels"] = kernels(replay)
+        row["kernel_ms"] = sum(k["us"] for k in row["kernels"].values()) / 1e3
+        row["kv_GB"] = session.report().kv_bytes / 1e9
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="pythia-2.8b")
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--prompt", type=int, default=6144)
+    parser.add_argument("--batch", type=int, action="append")
+    parser.add_argument("--inductor", action="append")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "decode.json")
+    arguments = parser.parse_args()
+    model = load_model(f"random:{arguments.model}", device="cuda", dtype=arguments.dtype).model
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "model": f"{arguments.model}, random weights, {arguments.dtype}",
+        "runs": [],
+    }
+    settings = [None, *(arguments.inductor or ["coordinate_descent_tuning"])]
+    for batch in arguments.batch or [1]:
+        for setting in settings:
+            if setting is not None:
+                graphs.INDUCTOR.clear()
+                graphs.INDUCTOR.update({} if setting == "default" else dict.fromkeys(setting.split("+"), True))
+                if hasattr(model, graphs._ATTRIBUTE):
+                    delattr(model, graphs._ATTRIBUTE)
+                torch._dynamo.reset()
+            config = pyramidkv.CompressionConfig(keep=0.25, room=200, decode="graph" if setting is None else "compiled")
+            row = {"inductor": setting, **measure(model, config, batch, arguments.prompt)}
+            report["runs"].append(row)
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k != "kernels"}, flush=True)
+            for name, kernel in list(row["kernels"].items())[:12]:
+                print(f"    {kernel['us']:8.1f} us {kernel['launches']:6.1f} x {name[:110]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
