@@ -1,6 +1,6 @@
-"""Where the time of a decoding step goes: device time of a replay, what `generate()` adds, and kernels by name.
+"""Where the time goes: a prefill with and without compression, and a captured decoding step; kernels by name.
 
-    python benchmarks/decode_gpu.py --model pythia-2.8b --dtype float16 --prompt 6144 --batch 1 --batch 8 --out decode.json
+    python benchmarks/profile_gpu.py --model pythia-2.8b --dtype float16 --prompt 6144 --batch 1 --batch 8
 
 Random weights of the true shape. `--inductor` names settings of torch's compiler to compare, such as `default`,
 `coordinate_descent_tuning` or `max_autotune`.
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache
 
 import pyramidkv
 from pyramidkv.decode import graph as graphs
@@ -56,6 +57,42 @@ def kernels(replay: Any, count: int = 5) -> dict[str, dict[str, float]]:
         if e.device_time_total / count > 5
     }
     return dict(sorted(found.items(), key=lambda item: -item[1]["us"]))
+
+
+def prefill(model: Any, configs: dict[str, pyramidkv.CompressionConfig], batch: int, prompt: int) -> dict[str, Any]:
+    """Milliseconds of a prefill by each config in turn, and the kernels of the last two."""
+    ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device="cuda")
+    row: dict[str, Any] = {"batch": batch, "prompt": prompt, "ms": {}, "kernels": {}}
+
+    def once(config: pyramidkv.CompressionConfig | None) -> None:
+        with torch.no_grad():
+            if config is None:
+                model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+            else:
+                cache = pyramidkv.PyramidKVCache(model.config, config)
+                model(ids, past_key_values=cache, logits_to_keep=1)
+
+    times: dict[str, list[float]] = {"full cache": []} | {name: [] for name in configs}
+    for round_number in range(8):
+        for name, taken in times.items():
+            config = configs.get(name)
+            model.set_attn_implementation("sdpa" if config is None else "pyramidkv")
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            once(config)
+            torch.cuda.synchronize()
+            if round_number:
+                taken.append(1e3 * (time.perf_counter() - start))
+            if round_number == 7:
+                row["kernels"][name] = kernels(lambda config=config: once(config), 2)
+    model.set_attn_implementation("sdpa")
+    row["ms"] = {name: {"median": statistics.median(taken), "all": taken} for name, taken in times.items()}
+    return row
+
+
+def show(found: dict[str, dict[str, float]], count: int = 14) -> None:
+    for name, kernel in list(found.items())[:count]:
+        print(f"    {kernel['us']:8.1f} us {kernel['launches']:6.1f} x {name[:110]}", flush=True)
 
 
 def measure(model: Any, config: pyramidkv.CompressionConfig, batch: int, prompt: int) -> dict[str, Any]:
@@ -98,7 +135,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=6144)
     parser.add_argument("--batch", type=int, action="append")
     parser.add_argument("--inductor", action="append")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "decode.json")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "profile.json")
     arguments = parser.parse_args()
     model = load_model(f"random:{arguments.model}", device="cuda", dtype=arguments.dtype).model
     report: dict[str, Any] = {
@@ -107,8 +144,22 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "model": f"{arguments.model}, random weights, {arguments.dtype}",
-        "runs": [],
+        "prefill": [],
+        "decode": [],
     }
+    configs = {
+        f"{method} keep=0.25": pyramidkv.CompressionConfig(method=method, keep=0.25) for method in ("pyramidkv", "rms")
+    }
+    configs["auto share=0.25"] = pyramidkv.CompressionConfig(method="auto", share=0.25)
+    for batch in arguments.batch or [1]:
+        row = prefill(model, configs, batch, arguments.prompt)
+        report["prefill"].append(row)
+        print({name: round(ms["median"], 2) for name, ms in row["ms"].items()}, flush=True)
+        base = row["kernels"]["full cache"]
+        for name in configs:
+            own = {k: v for k, v in row["kernels"][name].items() if k not in base}
+            print(f"  only in {name}: {sum(v['us'] for v in own.values()):.0f} us", flush=True)
+            show(own)
     settings = [None, *(arguments.inductor or ["coordinate_descent_tuning"])]
     for batch in arguments.batch or [1]:
         for setting in settings:
@@ -120,11 +171,10 @@ def main() -> None:
                 torch._dynamo.reset()
             config = pyramidkv.CompressionConfig(keep=0.25, room=200, decode="graph" if setting is None else "compiled")
             row = {"inductor": setting, **measure(model, config, batch, arguments.prompt)}
-            report["runs"].append(row)
+            report["decode"].append(row)
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k != "kernels"}, flush=True)
-            for name, kernel in list(row["kernels"].items())[:12]:
-                print(f"    {kernel['us']:8.1f} us {kernel['launches']:6.1f} x {name[:110]}", flush=True)
+            show(row["kernels"])
 
 
 if __name__ == "__main__":
