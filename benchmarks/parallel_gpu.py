@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import gc
 import json
@@ -52,7 +53,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny-neox": _NEOX | _TINY,
     "tiny-llama": _LLAMA | _TINY,
 }
-COMPRESSED = pyramidkv.CompressionConfig(method="pyramidkv", keep=0.25)
+COMPRESSED = pyramidkv.CompressionConfig(method="pyramidkv", keep=0.25, decode="eager")
 SPREAD = 4.0  # of the weights of the tiny shapes, times the usual: attention far from uniform, and tokens that vary
 
 
@@ -121,24 +122,29 @@ def fill(model: Any, device: torch.device, spread: float) -> None:
         del full
 
 
-def engines(device: torch.device, static: bool) -> list[speed.Engine]:
+def engines(device: torch.device, static: bool, split: bool) -> list[speed.Engine]:
     chosen = [speed.Engine("DynamicCache", cudnn=False)]
     if device.type == "cuda":
         chosen.append(speed.Engine("DynamicCache, cuDNN allowed"))
     chosen.append(speed.Engine(f"pyramidkv, {COMPRESSED.describe()}", COMPRESSED, cudnn=False))
+    if device.type == "cuda" and not split:  # over several ranks, decoding is not captured
+        graph = dataclasses.replace(COMPRESSED, decode="graph")
+        chosen.append(speed.Engine(f"pyramidkv, {graph.describe()}", graph, cudnn=False))
     if static:  # last: it may take minutes, or fail
         chosen.append(speed.Engine("StaticCache, compiled", cache_implementation="static", cudnn=False))
     return chosen
 
 
-def tokens_of(model: Any, ids: Tensor, new: int, compressed: bool) -> tuple[list[list[int]], int]:
-    """Greedy tokens, and the KV bytes held here."""
+def tokens_of(
+    model: Any, ids: Tensor, new: int, config: pyramidkv.CompressionConfig | None
+) -> tuple[list[list[int]], int]:
+    """Greedy tokens, and the KV bytes held here; without a config, those of a cache that keeps everything."""
     options: Any = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    config = pyramidkv.CompressionConfig(method="full", room=new) if not compressed else None
+    config = dataclasses.replace(config or pyramidkv.CompressionConfig(method="full", decode="eager"), room=new)
     with (
         torch.no_grad(),
         speed.cudnn_attention(False),
-        pyramidkv.compress(model, config or COMPRESSED) as session,
+        pyramidkv.compress(model, config) as session,
     ):
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return out[:, ids.shape[1] :].tolist(), session.report().kv_bytes
@@ -156,8 +162,7 @@ def gathered(value: Any, split: bool) -> list[Any]:
 def measure(model: Any, shape: str, ids: Tensor, split: bool, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each engine; an engine that fails gives a row with its error."""
     rows = []
-    for engine in engines(ids.device, options.static):
-        compressed = engine.config is not None
+    for engine in engines(ids.device, options.static, split):
         row: dict[str, Any] = {
             "shape": shape,
             "layers": model.config.num_hidden_layers,
@@ -176,7 +181,7 @@ def measure(model: Any, shape: str, ids: Tensor, split: bool, options: argparse.
             row["tpot_seconds"] = {"median": record.tpot_seconds.median, "all": record.tpot_seconds.samples}
             row["peak_bytes_per_rank"] = gathered(record.max_memory_bytes, split)
             if engine.cache_implementation is None:
-                row["tokens"], held = tokens_of(model, ids, options.new, compressed)
+                row["tokens"], held = tokens_of(model, ids, options.new, engine.config)
                 row["kv_bytes_per_rank"] = gathered(held, split)
                 if split:
                     row["tokens_equal_on_all_ranks"] = len({str(t) for t in gathered(row["tokens"], split)}) == 1
