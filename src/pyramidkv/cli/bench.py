@@ -79,10 +79,13 @@ def bench(
 
         pyramidkv bench --model random:pythia-2.8b --device cuda --prompt 6144 --batch 1 --batch 8
 
+        torchrun --nproc-per-node 8 -m pyramidkv bench --metric perplexity --metric recall
+
         pyramidkv bench --text wikitext-2=wiki.test.txt --text pg19=books/ --ablations
     """
     import pyramidkv.report
     from pyramidkv.evaluate.bench import METRICS, Settings, run
+    from pyramidkv.evaluate.ranks import from_environment
 
     config = config_from(options)
     settings = Settings(
@@ -104,14 +107,17 @@ def bench(
         repeats=repeats,
     )
     settings.check()
+    first = from_environment().first
     pyramidkv.report.require_packages()
     where = folder or Path("results") / datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H-%M-%S")
     calm_libraries()
     with (
         keeping(lambda: f"finished measurements are in {where}; go on with: --out {where} --resume"),
-        progress() as show,
+        progress(shown=first) as show,
     ):
         results = run(settings, where, resume=resume, force=force, progress=show)
+    if not first:
+        return  # of several processes that share a measurement, the first writes and prints
     show_report(results, where, overwrite=resume or force, as_json=as_json)
 
 
@@ -136,12 +142,12 @@ def _others(config: CompressionConfig, ablations: bool) -> list[CompressionConfi
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
+def progress(*, shown: bool = True) -> Iterator[Progress]:
     """A bar a job, on stderr."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=False) as bars:
+    with Progress(*columns, console=err, transient=False, disable=not shown) as bars:
         jobs: dict[str, Any] = {}
 
         def show(job: str, done: int, total: int) -> None:

@@ -52,6 +52,7 @@ def recall(
     """
     from pyramidkv.config import CompressionConfig
     from pyramidkv.evaluate.bench import Settings, run
+    from pyramidkv.evaluate.ranks import from_environment
     from pyramidkv.evaluate.tasks import TASKS
     from pyramidkv.methods import METHODS
 
@@ -70,13 +71,15 @@ def recall(
         question_aware=question_aware,
     )
     settings.check()
+    first = from_environment().first
     calm_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         where = folder or Path(scratch)
         kept = f"finished measurements are in {folder}" if folder else "nothing was kept; --out DIR would have"
-        with keeping(lambda: kept), progress() as show:
+        with keeping(lambda: kept), progress(shown=first) as show:
             results = run(settings, where, resume=resume, progress=show)
-        _show(results, as_json)
+        if first:
+            _show(results, as_json)
 
 
 def _show(results: Path, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import platform
 import shlex
 import sys
@@ -24,6 +25,7 @@ from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache, PyramidKVLayer
 from pyramidkv.config import CompressionConfig, unknown
 from pyramidkv.errors import ConfigError, DataError
 from pyramidkv.evaluate import perplexity, recall, schema, speed, tasks, texts
+from pyramidkv.evaluate.ranks import Ranks, from_environment, joined, merge
 from pyramidkv.evaluate.schema import Layers, Record, Run, Skipped
 from pyramidkv.methods import METHODS
 from pyramidkv.models.hub import hub_problem
@@ -100,13 +102,14 @@ class _File:
     """A results file being written; knows what it holds already."""
 
     path: Path
+    ranks: Ranks  # the first alone writes
     done: set[str] = field(default_factory=set)
 
     def has(self, job: str) -> bool:
         return job in self.done
 
     def add(self, job: str, records: Sequence[Record]) -> None:
-        for record in records:
+        for record in records if self.ranks.first else ():
             schema.append(self.path, record)
         self.done.add(job)
 
@@ -116,23 +119,31 @@ def run(
 ) -> Path:
     """Measure everything that is not yet in `out`/results.jsonl and return that path.
 
+    Under `torchrun` or `accelerate launch` the processes share the chunks and examples, and the first one writes.
+
     Raises `ConfigError` if the file is there and neither `resume` nor `force` is given, or if it was made with other
     settings; `DataError` for a corpus that was asked for by name and can't be had.
     """
     settings.check()
+    with joined(settings.device) as ranks:
+        return _run(settings, out, ranks, resume=resume, force=force, progress=progress)
+
+
+def _run(settings: Settings, out: Path, ranks: Ranks, *, resume: bool, force: bool, progress: Progress) -> Path:
     path = out / schema.RESULTS
-    existing = _existing(path, resume, force)
+    existing = _existing(path, resume, force) if ranks.first else []
     corpora, skipped = _corpora(settings)
+    ranks.same("corpora", [(corpus.name, corpus.sha256) for corpus in corpora])
     loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
     head = _head(settings, loaded)
-    file = _File(path)
+    file = _File(path, ranks)
     if existing:
         _check_same(path, schema.cast_run(existing), head)
-        file.done = {_job(record) for record in existing[1:]}
-    else:
+    elif ranks.first:
         if force:
             path.unlink(missing_ok=True)
         _write_first(path, head)
+    file.done = ranks.gather({_job(record) for record in existing[1:]})[0]
     for note in skipped:
         if not file.has(note.what):
             file.add(note.what, [note])
@@ -187,7 +198,7 @@ def _head(settings: Settings, loaded: LoadedModel) -> Run:
     shown = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name != "configs"}
     device: torch.device = loaded.model.device
     return Run(
-        command=shlex.join(["pyramidkv", *sys.argv[1:]]),
+        command=_command(),
         started_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         device=device_name(device),
         versions={
@@ -206,6 +217,12 @@ def _head(settings: Settings, loaded: LoadedModel) -> Run:
             **shown,
         },
     )
+
+
+def _command() -> str:
+    count = from_environment().count
+    start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", str(count)), "-m"] if count > 1 else []
+    return shlex.join([*start, "pyramidkv", *sys.argv[1:]])
 
 
 def device_name(device: torch.device) -> str:
@@ -262,10 +279,11 @@ def _perplexity(
             corpus, loaded.tokenizer, tokens=settings.context + settings.target + 1, count=settings.chunks
         )
         if not file.has(job):
+            mine = file.ranks.mine(pieces)
             steps = perplexity.measure(
-                loaded.model, loaded.name, corpus, pieces, settings.configs, context=settings.context
+                loaded.model, loaded.name, corpus, mine, settings.configs, context=settings.context
             )
-            file.add(job, _last(steps, job, len(pieces), progress))
+            file.add(job, merge(file.ranks.gather(_last(steps, job, len(mine), progress))))
         if number == 0:
             job = f"layers of {settings.configs[0].method}"
             if not file.has(job):
@@ -287,13 +305,14 @@ def _recall(settings: Settings, loaded: LoadedModel, file: _File, progress: Prog
         if file.has(job):
             continue
         examples = tasks.make_examples(task, n=settings.recall_examples, tokens=length, count_tokens=count, seed=0)
-        steps = recall.measure(loaded.model, loaded.tokenizer, loaded.name, examples, settings.configs, context=length)
-        file.add(job, _last(steps, job, len(examples), progress))
+        mine = file.ranks.mine(examples)
+        steps = recall.measure(loaded.model, loaded.tokenizer, loaded.name, mine, settings.configs, context=length)
+        file.add(job, merge(file.ranks.gather(_last(steps, job, len(mine), progress))))
 
 
 def _speed(settings: Settings, loaded: LoadedModel, file: _File, progress: Progress) -> None:
     device: torch.device = loaded.model.device
-    todo = [batch for batch in settings.batch if not file.has(f"speed at batch {batch}")]
+    todo = [batch for batch in settings.batch if not file.has(f"speed at batch {batch}") and file.ranks.first]
     bandwidth = speed.copy_bandwidth(device) if todo and device.type != "mps" else None
     for batch in todo:
         steps = speed.measure(
@@ -323,7 +342,9 @@ def _not_measurable(loaded: LoadedModel, jobs: Sequence[str], file: _File) -> bo
 
 
 def _last(steps: Iterator[list[Any]], job: str, total: int, progress: Progress) -> list[Any]:
-    """Run a measurement to its end; only a finished one is written down."""
+    """Run a measurement to its end; only a finished one is written down. Of no pieces it has no records."""
+    if not total:
+        return []
     progress(job, 0, total)
     records: list[Any] = []
     for done, records in enumerate(steps, 1):  # noqa: B007
