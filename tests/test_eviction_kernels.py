@@ -1,6 +1,7 @@
-"""Selection: its plain definition against loops, and Triton against it to the last index, interpreted and on a GPU.
+"""Selection and compaction: plain definitions against loops, and Triton against those to the last bit.
 
-The interpreted tests run where those of test_kernels.py do. What a kernel leaves unwritten is garbage here.
+Triton's tests are interpreted, where those of test_kernels.py are, or on a GPU. What a kernel leaves unwritten is
+garbage here.
 """
 
 import contextlib
@@ -9,6 +10,9 @@ import math
 import pytest
 import torch
 
+from pyramidkv.ops import compact as compact_package
+from pyramidkv.ops.compact import compact
+from pyramidkv.ops.compact import naive as compact_naive
 from pyramidkv.ops.select import naive as select_naive
 from pyramidkv.ops.select import select, why_naive
 from test_kernels import interpreted, on_gpu
@@ -17,6 +21,18 @@ from test_kernels import interpreted, on_gpu
 SELECT = [(1, 1, 1), (7, 1, 37), (1, 2, 300), (2, 1, 64)]
 SCORES = ["normal", "ties", "equal", "marked", "signs"]
 LIMITS = ["alike", "rows", "heads", "all"]
+# rows, heads, slots, kept, head size, head size of the values
+COMPACT = [
+    (1, 2, 40, 17, 80, 80),
+    (7, 1, 9, 9, 32, 64),
+    (2, 3, 130, 70, 128, 80),
+    (1, 1, 1, 1, 64, 64),
+    (1, 1, 5, 3, 72, 8),
+]
+DTYPES = [
+    (torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float16), (torch.float32, torch.bfloat16),
+]  # fmt: skip
 EXTREME = [math.inf, -math.inf, math.nan, torch.finfo(torch.float32).max, torch.finfo(torch.float32).min, 1e-45]
 
 
@@ -186,3 +202,99 @@ def test_gpu_select_does_not_wait(limits):
         select(scores, allowed, width, recent=8, valid=valid, finite=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def compact_case(shape, dtype, stored, seed=0, device="cpu"):
+    """Slots as views of one fused projection, NaN where none is kept; which to keep; buffers full of garbage."""
+    rows, heads, slots, kept, size, value_size = shape
+    make = torch.Generator().manual_seed(seed + sum(shape))
+    fused = torch.randn(rows, slots, heads, size + value_size + 16, generator=make).transpose(1, 2).to(dtype)
+    index = torch.rand(rows, heads, slots, generator=make).argsort(-1)[..., :kept].sort(-1).values
+    index[torch.rand(rows, heads, kept, generator=make).sort(-1).values < 0.2] = -1
+    used = torch.zeros(rows, heads, slots + 1, dtype=torch.bool).scatter_(2, index.where(index >= 0, slots), True)
+    fused = fused.masked_fill(~used[..., :slots, None], float("nan"))
+    positions = (torch.arange(slots, dtype=torch.int32) * 3)[None, None].expand(rows, heads, slots)
+    targets = (
+        torch.full((rows, heads, kept + 5, size), float("nan"), dtype=stored),
+        torch.full((rows, heads, kept + 5, value_size), float("nan"), dtype=stored),
+        torch.full((rows, heads, kept + 5), 77, dtype=torch.int32),
+    )
+    fused, index, positions = (t.to(device) for t in (fused, index, positions))
+    sources = fused[..., :size], fused[..., size : size + value_size], positions
+    return sources, index, tuple(t.to(device) for t in targets)
+
+
+def same_slots(a, b):
+    return all(torch.equal(x.nan_to_num(nan=7e4), y.nan_to_num(nan=7e4)) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("shape", COMPACT)
+@pytest.mark.parametrize(("dtype", "stored"), DTYPES)
+def test_compact_is_its_definition(shape, dtype, stored):
+    sources, index, targets = compact_case(shape, dtype, stored)
+    expected = [t.clone() for t in targets]
+    for b in range(shape[0]):
+        for h in range(shape[1]):
+            for n, slot in enumerate(index[b, h].tolist()):
+                for source, target, empty in zip(sources, expected, (0, 0, -1), strict=True):
+                    target[b, h, n] = empty if slot < 0 else source[b, h, slot]
+    compact(sources, index, targets)
+    assert same_slots(targets, expected)
+
+
+def test_the_reason_for_plain_torch_is_given_by_compact():
+    def reason(dtype, size=8):
+        sources, _, targets = compact_case((1, 1, 2, 1, size, size), dtype, dtype)
+        return compact_package.why_naive(sources, targets)
+
+    assert "on cpu" in reason(torch.float32)
+    assert "float64" in reason(torch.float64)
+    assert "512" in reason(torch.float32, 512)
+
+
+def same_compaction(shape, dtype, stored, device="cpu", **options):
+    """Whether the kernel writes what plain torch does, and nothing else."""
+    from pyramidkv.ops.compact import triton
+
+    sources, index, targets = compact_case(shape, dtype, stored, device=device)
+    expected = tuple(t.clone() for t in targets)
+    compact_naive.compact(sources, index, expected)
+    with poisoned():
+        triton.compact(sources, index, targets, **options)
+    return same_slots(targets, expected)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", COMPACT)
+@pytest.mark.parametrize(("dtype", "stored"), [*DTYPES[:2], DTYPES[3]])
+def test_interpreted_compact(shape, dtype, stored):
+    assert same_compaction(shape, dtype, stored)
+
+
+@interpreted
+@pytest.mark.parametrize("halves", [True, False])
+def test_interpreted_compact_in_smaller_blocks(halves):
+    from pyramidkv.ops.compact.triton import Blocks
+
+    assert same_compaction(COMPACT[0], torch.float16, torch.float16, blocks=Blocks(16, 1, halves))
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    "shape", [*COMPACT, (1, 32, 6144, 1536, 80, 80), (7, 8, 1001, 333, 128, 128), (2, 4, 99, 50, 256, 256)]
+)
+@pytest.mark.parametrize(("dtype", "stored"), DTYPES)
+def test_gpu_compact(shape, dtype, stored):
+    assert same_compaction(shape, dtype, stored, device="cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
+@pytest.mark.parametrize("warps", [2, 4, 8])
+@pytest.mark.parametrize("halves", [True, False])
+def test_gpu_compact_in_all_its_variants(rows, warps, halves):
+    from pyramidkv.ops.compact.triton import Blocks
+
+    assert same_compaction(
+        (2, 3, 500, 201, 80, 80), torch.float16, torch.float16, "cuda", blocks=Blocks(rows, warps, halves)
+    )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyramidkv.decode.pool import Pool
+from pyramidkv.ops.compact import compact
 
 POSITION_BYTES = 4  # int32
 
@@ -96,14 +97,7 @@ class Storage:
         """The slots `index` (B, H, N), -1 for an empty one, of (B, H, K, *) tensors, and `room` free slots."""
         kept = index.shape[-1]
         new = cls.allocate(key, value, kept + room, padded, dtype, pool)
-        source = index.clamp(min=0)
-        for buffer, tensor in ((new.keys, key.detach()), (new.values, value.detach())):
-            wide = source[..., None].expand(-1, -1, -1, tensor.shape[-1])
-            if buffer.dtype == tensor.dtype:  # straight into the buffer
-                torch.gather(tensor, 2, wide, out=buffer[:, :, :kept])
-            else:
-                buffer[:, :, :kept] = tensor.gather(2, wide)
-        new.positions[..., :kept] = positions.gather(2, source).masked_fill(index < 0, -1)
+        compact((key.detach(), value.detach(), positions), index, new.buffers())
         new.length = kept
         if padded:
             new.start = (index < 0).sum(-1, dtype=torch.int32)
