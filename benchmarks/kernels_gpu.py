@@ -1,6 +1,6 @@
 """Are the Triton kernels right at real sizes, and how fast are they? One run on one GPU, about two minutes.
 
-    python benchmarks/kernels_gpu.py --out kernels.json [--seconds 140]
+    python benchmarks/kernels_gpu.py --out kernels.json [--seconds 140] [--only eviction]
 
 Times are those of launches inside a CUDA graph, a layer's worth each, over input sets that together pass the L2 cache.
 Order: correctness, the chosen tiles beside torch, then the other tiles until the seconds are over.
@@ -21,8 +21,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from pyramidkv.ops.compact import naive as compact_naive
+from pyramidkv.ops.compact import triton as compaction
 from pyramidkv.ops.decode_attention import naive as decode_naive
 from pyramidkv.ops.decode_attention import triton as decode
+from pyramidkv.ops.select import naive as select_naive
+from pyramidkv.ops.select import triton as selection
 from pyramidkv.ops.window_scores import naive as scores_naive
 from pyramidkv.ops.window_scores import triton as scores
 
@@ -32,6 +36,11 @@ MODELS = {"pythia-2.8b": (32, 32, 80, torch.float16), "llama-8b": (32, 8, 128, t
 DECODE_SIZES = ((1, 1690), (8, 1690), (1, 6272), (8, 6272))  # rows, slots
 LENGTHS = (6144, 32768)
 WINDOWS = (32, 256, 1024)
+EVICTIONS = (  # model, rows, slots, kept
+    ("pythia-2.8b", 1, 6144, 1536), ("pythia-2.8b", 8, 6144, 1536),
+    ("llama-8b", 1, 8192, 2048), ("llama-8b", 1, 32768, 8192), ("llama-8b", 1, 131072, 32768),
+)  # fmt: skip
+RECENT = 32
 ROOM = 30  # free slots of the buffers, as in a cache that grows
 
 SWEEP_LSE = {
@@ -57,6 +66,14 @@ SWEEP_DECODE = {
         (128, 32, 4, 3, True, True, True), (256, 32, 2, 4, True, True, True), (512, 64, 4, 3, True, True, True),
     ],
 }  # fmt: skip
+
+SWEEP_SELECT = {  # block, warps, step
+    6144: [(8192, 8), (8192, 16), (8192, 32), (8192, 16, 2048), (8192, 32, 4096), (2048, 16, 2048), (4096, 32, 4096)],
+    32768: [(32768, 32), (32768, 32, 4096), (8192, 32), (16384, 32), (4096, 16), (8192, 16)],
+}  # fmt: skip
+SWEEP_COMPACT = [  # rows, warps, halves
+    (64, 4), (32, 4), (32, 2), (64, 8), (16, 2), (16, 1), (128, 8), (128, 4), (64, 4, False), (32, 4, False),
+]  # fmt: skip
 
 
 def elapsed() -> float:
@@ -250,6 +267,109 @@ def scores_sweep(model: str, keys: int, window: int, seconds: float) -> dict[str
     return found
 
 
+def eviction_sets(model: str, rows: int, slots: int, kept: int) -> list[tuple]:
+    """Scores; keys, values and positions, views of one projection; which slots to keep; buffers for them."""
+    _, heads, size, dtype = MODELS[model]
+    sets = []
+    for _ in range(max(1, min(4, int(2 * L2 // (2 * rows * heads * slots * size * dtype.itemsize)) + 1))):
+        noise = 3 * torch.randn(rows, heads, slots, device="cuda")
+        marks = noise.softmax(-1)
+        fused = torch.randn(rows, slots, heads, 2 * size, device="cuda", dtype=dtype).transpose(1, 2)
+        positions = torch.arange(slots, dtype=torch.int32, device="cuda").expand(rows, heads, slots)
+        index = selection.select(marks, [kept] * rows, kept, recent=RECENT, finite=True)
+        buffers = [torch.full((rows, heads, kept + ROOM, size), float("nan"), device="cuda", dtype=dtype) for _ in "kv"]
+        places = torch.full((rows, heads, kept + ROOM), 77, dtype=torch.int32, device="cuda")
+        sets.append((marks, (fused[..., :size], fused[..., size:], positions), index, (*buffers, places)))
+    return sets
+
+
+def check_eviction() -> dict[str, bool]:
+    """Selection and compaction equal plain torch on the CPU to the last bit, and leave the rest as it was."""
+    found: dict[str, bool] = {}
+    for model, rows, slots, kept in EVICTIONS:
+        ((marks, sources, index, targets), *_) = eviction_sets(model, rows, slots, kept)
+        marks = marks[:1]
+        valid = torch.rand(1, slots, device="cuda") > 0.1
+        heads = marks.shape[1]
+        each = torch.randint(0, kept + 1, (1, heads), dtype=torch.int32, device="cuda")
+        coarse = (marks * 1e4).round()
+        coarse[..., ::7] = float("nan")
+        for scored in (marks, coarse, torch.zeros_like(marks)):
+            for limits, real in (([kept], None), ([kept // 2], valid), (each, valid)):
+                got = selection.select(scored, limits, kept, recent=RECENT, valid=real, finite=True)
+                expected = select_naive.select(
+                    scored.cpu(), limits.cpu() if isinstance(limits, Tensor) else limits, kept,
+                    recent=RECENT, valid=None if real is None else real.cpu(), finite=True,
+                )  # fmt: skip
+                found["select"] = found.get("select", True) and torch.equal(got.cpu(), expected)
+        index = index.clone()
+        index[..., :5] = -1
+        expected_targets = tuple(t.clone() for t in targets)
+        compact_naive.compact(sources, index, expected_targets)
+        compaction.compact(sources, index, targets)
+        same = all(
+            torch.equal(a.nan_to_num(nan=7e4), b.nan_to_num(nan=7e4))
+            for a, b in zip(targets, expected_targets, strict=True)
+        )
+        found["compact"] = found.get("compact", True) and same
+    for name, same in found.items():
+        print(f"check {name}: {'equal' if same else 'WRONG'}", flush=True)
+    return found
+
+
+def eviction_row(model: str, rows: int, slots: int, kept: int, bandwidth: float) -> dict:
+    heads, _, size, dtype = MODELS[model]
+    sets = eviction_sets(model, rows, slots, kept)
+    limits = [kept] * rows
+    marks, _, index, _ = sets[0]
+    moved = 2 * 2 * index.numel() * size * dtype.itemsize + index.numel() * (8 + 4 + 4)
+    query = torch.randn(rows, heads, RECENT, size, device="cuda", dtype=dtype)
+
+    def whole(sources: tuple, targets: tuple) -> None:
+        scored = scores.window_scores(query, sources[0], size**-0.5)
+        chosen = selection.select(scored, limits, kept, recent=RECENT, finite=True)
+        compaction.compact(sources, chosen, targets)
+
+    return {
+        "model": model, "rows": rows, "slots": slots, "kept": kept,
+        "select floor": (marks.nbytes + index.nbytes) / bandwidth / 1e6,
+        "select": microseconds(
+            [lambda s=s: selection.select(s[0], limits, kept, recent=RECENT, finite=True) for s in sets]
+        ),
+        "select naive": microseconds(
+            [lambda s=s: select_naive.select(s[0], limits, kept, recent=RECENT, finite=True) for s in sets[:1]]
+        ),
+        "compact floor": moved / bandwidth / 1e6,
+        "compact": microseconds([lambda s=s: compaction.compact(*s[1:]) for s in sets]),
+        "compact naive": microseconds([lambda s=s: compact_naive.compact(*s[1:]) for s in sets]),
+        f"all, W {RECENT}": microseconds([lambda s=s: whole(s[1], s[3]) for s in sets]),
+    }  # fmt: skip
+
+
+def select_sweep(model: str, rows: int, slots: int, kept: int, seconds: float) -> dict[str, float]:
+    sets = eviction_sets(model, rows, slots, kept)
+    found: dict[str, float] = {}
+    for options in SWEEP_SELECT[slots]:
+        if elapsed() < seconds:
+            plan = selection.Blocks(*options)
+            calls = [
+                lambda s=s, p=plan: selection.select(s[0], [kept] * rows, kept, recent=RECENT, finite=True, blocks=p)
+                for s in sets
+            ]
+            found[str(options)] = microseconds(calls)
+    return found
+
+
+def compact_sweep(model: str, rows: int, slots: int, kept: int, seconds: float) -> dict[str, float]:
+    sets = eviction_sets(model, rows, slots, kept)
+    found: dict[str, float] = {}
+    for options in SWEEP_COMPACT:
+        if elapsed() < seconds:
+            plan = compaction.Blocks(*options)
+            found[str(options)] = microseconds([lambda s=s, p=plan: compaction.compact(*s[1:], blocks=p) for s in sets])
+    return found
+
+
 def prefill_attention(model: str, keys: int) -> dict:
     heads, kv_heads, size, dtype = MODELS[model]
     query = torch.randn(1, heads, keys, size, device="cuda", dtype=dtype)
@@ -265,6 +385,9 @@ def prefill_attention(model: str, keys: int) -> dict:
     return row
 
 
+SWEEPS = {"decode": decode_sweep, "scores": scores_sweep, "select": select_sweep, "compact": compact_sweep}
+
+
 def table(rows: list[dict]) -> None:
     names = list(rows[0])
     print(" | ".join(names))
@@ -273,9 +396,28 @@ def table(rows: list[dict]) -> None:
     print(flush=True)
 
 
+def measure_attention(report: dict) -> None:
+    """Decode attention, window scores, and attention of a prefill beside them."""
+    check(report)
+    print(f"checked after {elapsed():.0f} s", flush=True)
+    report["decode"] = [decode_row(m, *size, report["copy_TBps"]) for m in MODELS for size in DECODE_SIZES]
+    print(f"decode after {elapsed():.0f} s", flush=True)
+    report["scores"] = [scores_row(m, k, w) for m in MODELS for k in LENGTHS for w in WINDOWS]
+    report["prefill"] = [prefill_attention(m, k) for m in MODELS for k in LENGTHS]
+    print(f"scores after {elapsed():.0f} s", flush=True)
+
+
+def measure_eviction(report: dict) -> None:
+    """Selection and compaction, and a whole eviction."""
+    report["equal"] = check_eviction()
+    report["eviction"] = [eviction_row(*case, report["copy_TBps"]) for case in EVICTIONS]
+    print(f"eviction after {elapsed():.0f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "kernels.json")
+    parser.add_argument("--only", choices=["attention", "eviction"], help="the kernels of one of the two; default: all")
     parser.add_argument("--seconds", type=float, default=140, help="when to stop trying other tiles")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -284,30 +426,32 @@ def main() -> None:
     try:
         report |= ceilings()
         print({name: round(report[name], 2) for name in ("copy_TBps", "bf16_TFLOPs")}, flush=True)
-        check(report)
-        print(f"checked after {elapsed():.0f} s", flush=True)
-        report["decode"] = [decode_row(m, *size, report["copy_TBps"]) for m in MODELS for size in DECODE_SIZES]
-        print(f"decode after {elapsed():.0f} s", flush=True)
-        report["scores"] = [scores_row(m, k, w) for m in MODELS for k in LENGTHS for w in WINDOWS]
-        report["prefill"] = [prefill_attention(m, k) for m in MODELS for k in LENGTHS]
-        print(f"scores after {elapsed():.0f} s", flush=True)
+        if arguments.only != "attention":
+            measure_eviction(report)
+        if arguments.only != "eviction":
+            measure_attention(report)
         report["sweeps"] = {}
         for model, kind, *size in (
+            ("pythia-2.8b", "select", 1, 6144, 1536), ("pythia-2.8b", "compact", 1, 6144, 1536),
+            ("llama-8b", "select", 1, 32768, 8192), ("llama-8b", "compact", 1, 32768, 8192),
             ("pythia-2.8b", "decode", 1, 1690), ("pythia-2.8b", "scores", 6144, 1024),
             ("pythia-2.8b", "decode", 8, 1690), ("llama-8b", "decode", 1, 1690), ("llama-8b", "scores", 6144, 1024),
             ("pythia-2.8b", "scores", 6144, 32), ("llama-8b", "decode", 8, 6272), ("pythia-2.8b", "decode", 8, 6272),
             ("pythia-2.8b", "decode", 1, 6272), ("llama-8b", "scores", 6144, 32),
         ):  # fmt: skip
-            sweep = decode_sweep if kind == "decode" else scores_sweep
-            report["sweeps"][f"{kind} {model} {size}"] = sweep(model, *size, arguments.seconds)
+            about = "eviction" if kind in ("select", "compact") else "attention"
+            if arguments.only not in (None, about):
+                continue
+            report["sweeps"][f"{kind} {model} {size}"] = SWEEPS[kind](model, *size, arguments.seconds)
     finally:
         report["seconds"] = elapsed()
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     for name, found in report["sweeps"].items():
         print(name + ": " + "; ".join(f"{k} {v:.1f}" for k, v in sorted(found.items(), key=lambda item: item[1])))
     print()
-    for rows in (report["decode"], report["scores"], report["prefill"]):
-        table(rows)
+    for name in ("decode", "scores", "prefill", "eviction"):
+        if name in report:
+            table(report[name])
     print(f"{report['copy_TBps']:.2f} TB/s copied, {report['bf16_TFLOPs']:.0f} TFLOP/s, {elapsed():.0f} s in all")
 
 

@@ -157,7 +157,8 @@ def test_interpreted_select(shape, kind, limits, recent, finite, padded):
 def test_interpreted_select_in_several_blocks(kind, padded):
     from pyramidkv.ops.select.triton import Blocks
 
-    assert same_selection((1, 1, 300), kind, "alike", 40, not padded, padded, blocks=Blocks(128, 4))
+    for blocks in (Blocks(128, 4), Blocks(512, 4, 128)):  # read again at each step, or kept and only written in parts
+        assert same_selection((1, 1, 300), kind, "alike", 40, not padded, padded, blocks=blocks)
 
 
 @interpreted
@@ -166,7 +167,9 @@ def test_interpreted_select_in_half_precision():
 
 
 @on_gpu
-@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 3, 37), (2, 4, 1000), (1, 32, 6144), (7, 2, 8192), (1, 3, 16385)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (7, 3, 37), (2, 4, 1000), (1, 32, 6144), (7, 2, 8192), (1, 3, 16385), (1, 2, 32769)]
+)
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize(("recent", "finite", "padded"), [(0, False, False), (9, True, True), (4000, False, True)])

@@ -3,7 +3,7 @@
 Scores become integers of the same order, so that bisection ends: each step counts the slots at or above the middle of
 the bracket, and it stops as soon as exactly as many as may be kept lie above its lower end, after some 16 steps when no
 two scores are equal, and after 32 at the most. One cumulative sum then gives every kept slot its place. Up to
-`WHOLE` slots stay in registers; more are read again from the L2 cache at each step.
+`WHOLE` slots stay in registers; more are read again at each step, from the L2 cache.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 # ruff: noqa: N803
@@ -21,7 +21,8 @@ from torch import Tensor
 from pyramidkv.ops.kernels import dense, power_of_two
 from pyramidkv.ops.select.naive import row_limits
 
-WHOLE = 16384  # most slots that a program keeps in registers
+WHOLE = 32768  # most slots that a program keeps in registers
+STEP = 8192  # most slots whose places are found at once: that takes several registers a slot
 _NEVER = tl.constexpr(-2139095041)  # of -inf
 _ALWAYS = tl.constexpr(2139095040)  # of +inf
 
@@ -32,13 +33,14 @@ class Blocks:
 
     block: int  # slots at once; all of them if no fewer than K
     warps: int
+    step: int = STEP  # of `block`, at most so many when they are written
 
 
 def choose(slots: int) -> Blocks:
     """Tiles for K slots: 16 of them a thread, or all 32 warps."""
     block = max(32, power_of_two(slots))
     if block > WHOLE:
-        return Blocks(8192, 32)
+        return Blocks(STEP, 32)
     return Blocks(block, max(1, min(32, block // 512)))
 
 
@@ -95,7 +97,7 @@ def _write(out, key, block, low, high, place, need, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["limit", "width", "newest"])
 def select_kernel(
     scores, valid, limits, out, ssb, ssh, svb, slb, slh, heads, slots, limit, width, newest,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, TAIL: tl.constexpr, WHOLE: tl.constexpr,
     HAS_VALID: tl.constexpr, FINITE: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """(B * H,) programs. `newest` is the first slot kept in any case; with `valid`, how many such slots there are."""
@@ -155,16 +157,16 @@ def select_kernel(
             high = middle
             at_high = count
     place = width - limit
-    for block in range(0, place, BLOCK):
-        front = block + tl.arange(0, BLOCK)
-        tl.store(out + front, tl.full([BLOCK], -1, tl.int64), mask=front < place)
+    for block in range(0, place, STEP):
+        front = block + tl.arange(0, STEP)
+        tl.store(out + front, tl.full([STEP], -1, tl.int64), mask=front < place)
     need = limit - at_high
-    if WHOLE:
+    if WHOLE and STEP == BLOCK:
         _write(out, key, 0, low, high, place, need, BLOCK)
     else:
-        for block in range(0, slots, BLOCK):
-            key = _keys(scores, valid, block, slots, newest, BLOCK, HAS_VALID, FINITE)
-            place, need = _write(out, key, block, low, high, place, need, BLOCK)
+        for block in range(0, slots, STEP):
+            piece = _keys(scores, valid, block, slots, newest, STEP, HAS_VALID, FINITE)
+            place, need = _write(out, piece, block, low, high, place, need, STEP)
 
 
 def select(
@@ -197,8 +199,8 @@ def select(
         scores, scores if mask is None else mask, each, out,
         *scores.stride()[:2], slots, *each.stride()[:2], heads, slots,
         limit, width, max(slots - recent, 0) if mask is None else recent,
-        BLOCK=blocks.block, TAIL=min(blocks.block, 1024), WHOLE=blocks.block >= slots,
-        HAS_VALID=mask is not None, FINITE=finite, EACH=each is not scores,
+        BLOCK=blocks.block, STEP=min(blocks.block, blocks.step), TAIL=min(blocks.block, 1024),
+        WHOLE=blocks.block >= slots, HAS_VALID=mask is not None, FINITE=finite, EACH=each is not scores,
         num_warps=blocks.warps,
     )  # fmt: skip
     return out
