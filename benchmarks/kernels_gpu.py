@@ -68,7 +68,10 @@ SWEEP_DECODE = {
 }  # fmt: skip
 
 SWEEP_SELECT = {  # block, warps, step
-    6144: [(8192, 8), (8192, 16), (8192, 32), (8192, 16, 2048), (8192, 32, 4096), (2048, 16, 2048), (4096, 32, 4096)],
+    6144: [
+        (8192, 8), (8192, 16), (8192, 32), (8192, 4, 2048), (8192, 8, 2048), (8192, 16, 2048), (8192, 16, 4096),
+        (8192, 32, 4096), (2048, 16, 2048),
+    ],
     32768: [(32768, 32), (32768, 32, 4096), (8192, 32), (16384, 32), (4096, 16), (8192, 16)],
 }  # fmt: skip
 SWEEP_COMPACT = [  # rows, warps, halves
@@ -433,7 +436,8 @@ def main() -> None:
         report["sweeps"] = {}
         for model, kind, *size in (
             ("pythia-2.8b", "select", 1, 6144, 1536), ("pythia-2.8b", "compact", 1, 6144, 1536),
-            ("llama-8b", "select", 1, 32768, 8192), ("llama-8b", "compact", 1, 32768, 8192),
+            ("pythia-2.8b", "select", 8, 6144, 1536), ("llama-8b", "select", 1, 32768, 8192),
+            ("llama-8b", "compact", 1, 32768, 8192),
             ("pythia-2.8b", "decode", 1, 1690), ("pythia-2.8b", "scores", 6144, 1024),
             ("pythia-2.8b", "decode", 8, 1690), ("llama-8b", "decode", 1, 1690), ("llama-8b", "scores", 6144, 1024),
             ("pythia-2.8b", "scores", 6144, 32), ("llama-8b", "decode", 8, 6272), ("pythia-2.8b", "decode", 8, 6272),
