@@ -33,7 +33,8 @@ def bench(
     force: Force = False,
     as_json: Json = False,
     metric: Annotated[
-        list[str] | None, typer.Option(help="perplexity, recall or speed; may be repeated. Default: all three.")
+        list[str] | None,
+        typer.Option(help="perplexity, recall, speed or serving; may be repeated. Default: the first three."),
     ] = None,
     ablations: Annotated[
         bool,
@@ -65,6 +66,18 @@ def bench(
         list[int] | None, typer.Option(help="Rows; may be repeated. Default: 1.", rich_help_panel=_SPEED)
     ] = None,
     repeats: Annotated[int, typer.Option(help="Timed rounds of all engines.", rich_help_panel=_SPEED)] = 5,
+    requests: Annotated[
+        int,
+        typer.Option(help="Requests of serving, with up to --prompt and --new-tokens tokens.", rich_help_panel=_SPEED),
+    ] = 16,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="KV bytes that serving may use at once. Default: a quarter of the full cache's of all requests.",
+            metavar="SIZE",
+            rich_help_panel=_SPEED,
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     **options: Any,
@@ -81,10 +94,13 @@ def bench(
 
         torchrun --nproc-per-node 8 -m pyramidkv bench --metric perplexity --metric recall
 
+        pyramidkv bench --metric serving --requests 32
+
         pyramidkv bench --text wikitext-2=wiki.test.txt --text pg19=books/ --ablations
     """
     import pyramidkv.report
-    from pyramidkv.evaluate.bench import METRICS, Settings, run
+    from pyramidkv.config import parse_bytes
+    from pyramidkv.evaluate.bench import DEFAULT_METRICS, Settings, run
     from pyramidkv.evaluate.ranks import from_environment
 
     config = config_from(options)
@@ -93,7 +109,7 @@ def bench(
         model=model,
         device=device,
         dtype=dtype,
-        metrics=tuple(metric or METRICS),
+        metrics=tuple(metric or DEFAULT_METRICS),
         corpora=tuple(corpus or ()),
         text=tuple(text or ()),
         context=context,
@@ -105,6 +121,8 @@ def bench(
         batch=tuple(batch or (1,)),
         new_tokens=new_tokens,
         repeats=repeats,
+        requests=requests,
+        memory=None if memory is None else parse_bytes("memory", memory),
     )
     settings.check()
     first = from_environment().first
@@ -161,16 +179,19 @@ def progress(*, shown: bool = True) -> Iterator[Progress]:
 def show_report(results: Path, folder: Path, *, overwrite: bool, as_json: bool) -> None:
     """Write the report beside the results and print its tables."""
     import pyramidkv.report
-    from pyramidkv.report import Results, headline, methods_table, summary_table
+    from pyramidkv.report import Results, headline, methods_table, serving_tables, summary_table
 
     read = Results.from_file(results)
     written = pyramidkv.report.write(results, folder, force=overwrite)
     if as_json:
         json_out({"headline": headline(read), "files": [str(path) for path in (results, *written)]})
         return
-    out.print(summary_table(read).rich())
+    if read.chosen is not None or not read.servings:
+        out.print(summary_table(read).rich())
     if len(read.variants) > 1:
         out.print(methods_table(read).rich())
+    for table in serving_tables(read):
+        out.print(table.rich())
     out.print(headline(read), markup=False)
     for path in (results, *written):
         out.print(f"wrote {path}", markup=False, soft_wrap=True)

@@ -24,14 +24,15 @@ import pyramidkv
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache, PyramidKVLayer
 from pyramidkv.config import CompressionConfig, unknown
 from pyramidkv.errors import ConfigError, DataError
-from pyramidkv.evaluate import perplexity, recall, schema, speed, tasks, texts
+from pyramidkv.evaluate import perplexity, recall, schema, serving, speed, tasks, texts
 from pyramidkv.evaluate.ranks import Ranks, from_environment, joined, merge
 from pyramidkv.evaluate.schema import Layers, Record, Run, Skipped
 from pyramidkv.methods import METHODS
 from pyramidkv.models.hub import hub_problem
 from pyramidkv.models.source import DEFAULT_MODEL, LoadedModel, load_model
 
-METRICS = ("perplexity", "recall", "speed")
+METRICS = ("perplexity", "recall", "speed", "serving")
+DEFAULT_METRICS = METRICS[:3]
 
 # (what is being measured, steps done, steps in all): for a progress bar.
 Progress = Callable[[str, int, int], None]
@@ -45,7 +46,7 @@ class Settings:
     model: str = DEFAULT_MODEL
     device: str = "auto"
     dtype: str = "auto"
-    metrics: tuple[str, ...] = METRICS
+    metrics: tuple[str, ...] = DEFAULT_METRICS
     # Neither corpora nor text: the Python reference, and those of the hub if it answers.
     corpora: tuple[str, ...] = ()
     text: tuple[str, ...] = ()  # NAME=FILE_OR_FOLDER
@@ -60,6 +61,8 @@ class Settings:
     batch: tuple[int, ...] = (1,)
     new_tokens: int = 128
     repeats: int = 5
+    requests: int = 16
+    memory: int | None = None  # bytes for the cache of the requests served at once; None: `serving.default_memory`
 
     def check(self) -> None:
         """Raise `ConfigError` for what can be known to be wrong before any model is loaded."""
@@ -69,7 +72,7 @@ class Settings:
         for task in self.tasks:
             if task not in tasks.TASKS:
                 raise ConfigError(f"task={task!r}: {unknown(task, tasks.TASKS)}")
-        least = {"chunks": 1, "recall_examples": 1, "prompt": 1, "new_tokens": 2, "repeats": 1}
+        least = {"chunks": 1, "recall_examples": 1, "prompt": 1, "new_tokens": 2, "repeats": 1, "requests": 2}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least {smallest}")
@@ -81,7 +84,7 @@ class Settings:
         if "perplexity" in self.metrics:
             perplexity.check_lengths(self.context, self.target, compressed)
         for name, length in [("prompt", self.prompt), *(("recall_context", n) for n in self.recall_context)]:
-            if name.split("_")[0] in ("prompt" if "speed" in self.metrics else "", *self.metrics):
+            if name.split("_")[0] in ("prompt" if {"speed", "serving"} & set(self.metrics) else "", *self.metrics):
                 _check_prompt(name, length, compressed)
 
 
@@ -153,6 +156,8 @@ def _run(settings: Settings, out: Path, ranks: Ranks, *, resume: bool, force: bo
         _recall(settings, loaded, file, progress)
     if "speed" in settings.metrics:
         _speed(settings, loaded, file, progress)
+    if "serving" in settings.metrics:
+        _serving(settings, loaded, file, progress)
     return path
 
 
@@ -260,6 +265,8 @@ def _job(record: Record) -> str:
             return f"recall of {record.task} at {record.context_tokens}"
         case schema.Speed():
             return f"speed at batch {record.batch}"
+        case schema.Serving():
+            return f"serving of {record.requests} requests"
         case Layers():
             return f"layers of {record.method}"
         case Skipped():
@@ -328,6 +335,29 @@ def _speed(settings: Settings, loaded: LoadedModel, file: _File, progress: Progr
         )
         job = f"speed at batch {batch}"
         file.add(job, _last(steps, job, settings.repeats, progress))
+
+
+def _serving(settings: Settings, loaded: LoadedModel, file: _File, progress: Progress) -> None:
+    job = f"serving of {settings.requests} requests"
+    if file.has(job) or not file.ranks.first:
+        return
+    model = loaded.model
+    requests = serving.make_requests(
+        settings.requests,
+        prompt=settings.prompt,
+        new_tokens=settings.new_tokens,
+        vocabulary=model.config.get_text_config(decoder=True).vocab_size,
+    )
+    steps = serving.measure(
+        model,
+        loaded.name,
+        speed.engines(settings.configs, model.device),
+        requests,
+        memory=settings.memory or serving.default_memory(model, requests),
+        repeats=settings.repeats,
+        weights_random=loaded.weights_random,
+    )
+    file.add(job, _last(steps, job, settings.repeats, progress))
 
 
 def _not_measurable(loaded: LoadedModel, jobs: Sequence[str], file: _File) -> bool:

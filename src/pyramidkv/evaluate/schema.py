@@ -120,6 +120,30 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Serving:
+    """Many requests of different lengths, in batches as large as a memory for the cache allows, on one engine."""
+
+    kind: ClassVar[str] = "serving"
+    model: str
+    weights_random: bool
+    engine: str
+    requests: int
+    prompt_tokens: int  # of the longest request; the others have a quarter of it or more
+    new_tokens: int  # likewise
+    generated_tokens: int  # of all requests; what rows produce after their end is not counted
+    memory_bytes: int  # what the cache of a batch may take
+    batch: int  # rows at once
+    compression: Compression  # of the batch that held the most
+    total_seconds: Spread  # from the first request's start to the last one's end
+    mean_ttft_seconds: Spread  # mean over the requests of the time from the start of all to the first token
+    max_memory_bytes: int | None  # as in `Speed`
+
+    @property
+    def throughput_tokens_per_second(self) -> float:
+        return self.generated_tokens / self.total_seconds.median
+
+
+@dataclass(frozen=True)
 class Recall:
     """Exact-match accuracy of one method on one long-range recall task."""
 
@@ -163,9 +187,10 @@ class Skipped:
     reason: str
 
 
-Record = Run | Perplexity | Speed | Recall | Layers | Skipped
-_TYPES: dict[str, type[Record]] = {t.kind: t for t in (Run, Perplexity, Speed, Recall, Layers, Skipped)}
-_NESTED = {"compression": Compression, "ttft_seconds": Spread, "tpot_seconds": Spread}
+Record = Run | Perplexity | Speed | Serving | Recall | Layers | Skipped
+_TYPES: dict[str, type[Record]] = {t.kind: t for t in (Run, Perplexity, Speed, Serving, Recall, Layers, Skipped)}
+_TIMES = ("ttft_seconds", "tpot_seconds", "total_seconds", "mean_ttft_seconds")
+_NESTED = {"compression": Compression, **dict.fromkeys(_TIMES, Spread)}
 
 
 def to_json(record: Record) -> str:

@@ -13,6 +13,7 @@ from pyramidkv.errors import ConfigError
 from pyramidkv.report.headline import headline
 from pyramidkv.report.methods import engines_table, methods_table
 from pyramidkv.report.results import Results
+from pyramidkv.report.serving import serving_tables
 from pyramidkv.report.summary import summary_table, workload_tables
 from pyramidkv.report.table import Cell, Table
 
@@ -24,6 +25,7 @@ __all__ = [
     "headline",
     "methods_table",
     "require_packages",
+    "serving_tables",
     "summary_table",
     "workload_tables",
     "write",

@@ -8,6 +8,7 @@ from pyramidkv.evaluate.schema import Layers
 from pyramidkv.report.headline import headline
 from pyramidkv.report.methods import engines_table, methods_table
 from pyramidkv.report.results import FULL, Results
+from pyramidkv.report.serving import serving_tables
 from pyramidkv.report.summary import corpus_label, summary_table, workload_tables
 from pyramidkv.report.table import Cell, Table
 from pyramidkv.report.text import method_name, significant, size
@@ -32,10 +33,12 @@ def content_of(results: Results) -> Content:
     """Everything that a report says in words and tables."""
     several = results.perplexities or results.recalls
     comparison = ([methods_table(results)] if several else []) + ([engines_table(results)] if results.speeds else [])
+    only_served = results.chosen is None and bool(results.servings)
+    comparison += serving_tables(results)
     return Content(
         title=f"KV cache compression of {results.run.model}",
         headline=headline(results),
-        summary=(summary_table(results), *workload_tables(results)),
+        summary=() if only_served else (summary_table(results), *workload_tables(results)),
         comparison=tuple(comparison),
         budgets=tuple(_budgets(record) for record in results.layers),
         run=_run(results),

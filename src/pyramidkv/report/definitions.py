@@ -26,6 +26,13 @@ DEFINITIONS: tuple[tuple[str, str], ...] = (
     ("TPOT", "Time per output token after the first; the prompt is excluded."),
     ("Throughput", "Batch / TPOT: generated tokens per second of all sequences together."),
     (
+        "Serving",
+        "Requests of different lengths in left-padded batches, each row with its own end. The batch is the largest "
+        "whose cache, every row as long as the longest, fits the memory named. Tokens/s: tokens of all requests up to "
+        "their ends over the time from the first start to the last end, prompts included. Mean TTFT includes the wait "
+        "for earlier batches.",
+    ),
+    (
         "Floor",
         "The time in which a decode step's bytes (weights and KV cache) can be read at the device's measured copy "
         "bandwidth: no decode step that reads them can be faster.",

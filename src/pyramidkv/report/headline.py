@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pyramidkv.evaluate.schema import Spread
 from pyramidkv.report.methods import task_label
 from pyramidkv.report.results import Results, fastest, full_row, full_rows, kv_share, overlap
+from pyramidkv.report.serving import serving_sentence
 from pyramidkv.report.summary import corpus_label, describe, model_suffix
 from pyramidkv.report.text import enumeration, interval, method_name, percent, seconds, share, shares, significant
 
@@ -14,7 +15,7 @@ from pyramidkv.report.text import enumeration, interval, method_name, percent, s
 def headline(results: Results) -> str:
     """What the chosen method costs and gains, in the order quality, recall, time; what was not measured is said."""
     if results.chosen is None:
-        return "No compressed cache was measured."
+        return serving_sentence(results) or "No compressed cache was measured."
     kept = [kv_share(row.compression) for row in results.chosen_rows(results.perplexities)]
     kept += [kv_share(row.compression) for row in results.chosen_rows(results.recalls)]
     kept += [kv_share(row.compression) for row in results.chosen_rows(results.speeds)]

@@ -15,6 +15,7 @@ from pyramidkv.evaluate.schema import (
     Recall,
     Record,
     Run,
+    Serving,
     Skipped,
     Speed,
     Spread,
@@ -90,6 +91,7 @@ class Results:
     perplexities: tuple[Perplexity, ...]
     recalls: tuple[Recall, ...]
     speeds: tuple[Speed, ...]
+    servings: tuple[Serving, ...]
     layers: tuple[Layers, ...]
     skipped: tuple[Skipped, ...]
     chosen: Compression | None
@@ -106,6 +108,7 @@ class Results:
             perplexities=perplexities,
             recalls=recalls,
             speeds=speeds,
+            servings=tuple(pick(records, Serving)),
             layers=tuple(pick(records, Layers)),
             skipped=tuple(pick(records, Skipped)),
             chosen=_choose(run, [row for row in rows if row.method != FULL]),
