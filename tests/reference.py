@@ -13,13 +13,20 @@ NAME = "masked_reference"
 
 
 class Reference:
-    """Evicts like PyramidKV (or SnapKV, with `pyramid=False`) after every forward of more than one query."""
+    """Evicts like PyramidKV (or SnapKV, with `pyramid=False`) after every forward of more than one query.
 
-    def __init__(self, layers, budget=None, keep=None, window=8, recent=None, kernel=5, beta=20.0, pyramid=True):
+    With `slack`, also before a single token that would be one more than budget + slack.
+    """
+
+    def __init__(
+        self, layers, budget=None, keep=None, window=8, recent=None, kernel=5, beta=20.0, pyramid=True, slack=None
+    ):
         self.layers = layers  # model indices of the compressed layers
         self.budget, self.keep = budget, keep
         self.window, self.kernel, self.beta, self.pyramid = window, kernel, beta, pyramid
         self.recent = window if recent is None else recent
+        self.slack = slack
+        self.decoded = {}  # layer -> (column, query) of the tokens decoded since the last eviction
         self.alive = {}  # layer -> [KV head] -> set of columns still there
         AttentionInterface.register(NAME, self)
 
@@ -51,6 +58,9 @@ class Reference:
         alive = self.alive.setdefault(layer, [set() for _ in range(kv_heads)])
         start = keys - queries
         if sliding is None:
+            if queries == 1 and self.slack is not None:
+                self.make_room(layer, alive, k, scaling, start)
+                self.decoded[layer].append((start, q[:, 0]))
             for kept in alive:
                 kept.update(range(start, keys))
         out = torch.zeros(heads, queries, v.shape[-1], dtype=torch.float64)
@@ -67,10 +77,27 @@ class Reference:
                 probability[h, i, columns] = p
                 out[h, i] = p @ v[h // groups, columns]
         if queries > 1 and layer in self.layers:
+            self.decoded[layer] = []
             limit = self.budgets(keys)[self.layers.index(layer)]
             for g in range(kv_heads):
                 self.evict(alive, g, probability[g * groups : (g + 1) * groups], keys, limit)
         return out.to(query.dtype).transpose(0, 1)[None], None
+
+    def make_room(self, layer, alive, k, scaling, seen):
+        limit = self.budgets(seen)[self.layers.index(layer)]
+        if len(alive[0]) + 1 <= limit + self.slack:
+            return
+        asking = self.decoded[layer][-self.slack :]
+        groups = asking[0][1].shape[0] // len(alive)
+        for g, kept in enumerate(alive):
+            probability = torch.zeros(groups, len(asking), seen, dtype=torch.float64)
+            for i, (column, q) in enumerate(asking):
+                columns = [c for c in kept if c <= column]
+                for h in range(groups):
+                    logits = (k[g, columns] @ q[g * groups + h]) * scaling
+                    probability[h, i, columns] = torch.softmax(logits, 0)
+            self.evict(alive, g, probability, seen, limit)
+        self.decoded[layer] = []
 
     def evict(self, alive, g, probability, keys, limit):
         columns = sorted(alive[g])

@@ -203,3 +203,21 @@ def test_what_can_not_be_captured_is_said(monkeypatch):
             pyramidkv.compress(model("llama-4-2-32"), keep=0.4, decode=decode).open()
     with pytest.raises(pyramidkv.ConfigError, match="decode='fast': unknown"):
         pyramidkv.CompressionConfig(keep=0.5, decode="fast")
+
+
+@pytest.mark.parametrize("method", ["snapkv", "rms", "knorm"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_bound_is_kept_in_the_same_buffers(padded, method):
+    """Evictions between replays: the graph goes on over the same buffers, and has written the queries they ask for."""
+    plain = model("llama-4-2-32")
+    ids, mask, _ = padded_batch((61, 40, 10))  # the last row has empty slots until the first eviction
+    if not padded:
+        ids, mask = ids[:1], mask[:1]
+    options = {"method": method, "budget": 16, "window": 6, "slack": 9, "room": 9}
+    expected, usage = eager(plain, ids, mask, **options)
+    assert max(layer.kept_tokens for layer in usage.layers) <= 25
+    with pyramidkv.compress(plain, **options) as session:
+        for _ in range(2):  # another prompt: the same buffers, another ring of queries
+            assert torch.equal(plain.generate(ids, attention_mask=mask, **ARGUMENTS), expected)
+        assert session._graph.captures == (1 if method == "knorm" else 2)
+        assert session.report() == usage

@@ -13,9 +13,10 @@ from pyramidkv.plan import Plan
 from pyramidkv.shape import CacheShape, LayerShape, cache_shape
 from pyramidkv.storage import Spec
 
-SHAPE = CacheShape("llama", tuple(LayerShape(2, 32, None) for _ in range(4)))
+SHAPE = CacheShape("llama", tuple(LayerShape(2, 32, None, 4) for _ in range(4)))
 MIXED = CacheShape(
-    "gemma3_text", (LayerShape(1, 16, 8), LayerShape(1, 16, None), LayerShape(1, 16, 8), LayerShape(1, 16, None))
+    "gemma3_text",
+    (LayerShape(1, 16, 8, 2), LayerShape(1, 16, None, 2), LayerShape(1, 16, 8, 2), LayerShape(1, 16, None, 2)),
 )
 
 

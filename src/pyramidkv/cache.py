@@ -30,7 +30,8 @@ from pyramidkv.ops.decode_attention import decode_attention, why_naive
 from pyramidkv.ops.select import select
 from pyramidkv.packed import PackedStorage
 from pyramidkv.parallel import first_head
-from pyramidkv.plan import Plan, levels, limits
+from pyramidkv.plan import Plan, decoding_limits, levels, limits, ring_size
+from pyramidkv.ring import QueryRing
 from pyramidkv.scorers import Observation, Scorer
 from pyramidkv.shape import cache_shape
 from pyramidkv.sliding import SlidingLayer
@@ -83,6 +84,10 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.held: list[int] = []  # real tokens stored of each row
         self.offset: Tensor | None = None  # (B, 1, 1) int32: what to add to a column for a row's position
         self.pool: Pool | None = None  # where buffers come from; None: from torch
+        self.prompts: list[int] = []  # real tokens seen of each row after the last forward of several
+        self.ring: QueryRing | None = None  # queries of decoded tokens, if a bound is set and the scorer looks at them
+        self.full_at = 0  # slots at which to think of evicting while decoding; 0: not known yet
+        self.scaling = 1.0  # of the logits, as the model last gave it
         self.settled = 0  # columns seen when something was last dropped or packed: `crop` goes back no further
         self.record_past = False  # transformers' word for assisted decoding
         self.drafts: int | None = None  # newest tokens of a forward that may be taken back: see `expect_drafts`
@@ -101,6 +106,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             keys, values = key_states, value_states
         elif self._appends(key_states.shape[2]):
             self._check(key_states)
+            self.make_room(key_states.shape[2])
             columns = self._columns(key_states.shape[2], key_states.device)
             self.storage.append(key_states, value_states, columns, self._room)
             keys, values = self.storage.view(key_states.dtype)
@@ -132,7 +138,8 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything; the layer can be used for another prompt."""
         self.storage, self.offset, self.seen, self.settled = None, None, 0, 0
-        self.counts, self.held = [], []
+        self.ring, self.full_at = None, 0
+        self.counts, self.held, self.prompts = [], [], []
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -146,11 +153,13 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
         self.storage = self.storage.rows(indices)
-        if self.offset is None:  # all rows alike: no need to read the indices back from the device
-            self.counts, self.held = self.counts[:1] * len(indices), self.held[:1] * len(indices)
-        else:
-            rows = indices.tolist()
-            self.counts, self.held = [self.counts[r] for r in rows], [self.held[r] for r in rows]
+        self.ring = None if self.ring is None else self.ring.rows(indices)
+        # Where all rows are alike there is no need to read the indices back from the device.
+        rows = [0] * len(indices) if self.offset is None else indices.tolist()
+        self.counts, self.held, self.prompts = (
+            [numbers[r] for r in rows] for numbers in (self.counts, self.held, self.prompts)
+        )
+        if self.offset is not None:
             self.offset = self.offset[indices.to(self.offset.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -173,6 +182,9 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             self.offset = self.offset + pads.int()[:, None, None]
             dropped = [n - pad for n, pad in zip(dropped, pads.tolist(), strict=True)]
         self.storage.crop(-tokens_to_remove)
+        if self.ring is not None:
+            self.ring.drop(-tokens_to_remove)
+        self.full_at = 0
         self.seen += tokens_to_remove
         self.counts = [n - m for n, m in zip(self.counts, dropped, strict=True)]
         self.held = [n - m for n, m in zip(self.held, dropped, strict=True)]
@@ -238,8 +250,12 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         fresh = new.counts or [queries] * len(self.counts)
         self.counts = [n + m for n, m in zip(self.counts, fresh, strict=True)]
         self.held = [n + m for n, m in zip(self.held, fresh, strict=True)]
+        self.scaling = scaling
         if not self._appends(queries):
             self._evict(query, key, value, valid, new, scaling)
+            self._open_ring(query)
+        elif self.ring is not None:
+            self.ring.push(query, key.shape[2] - queries)
         self.seen += queries
 
     def foresee(self) -> None:
@@ -253,6 +269,8 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         assert isinstance(self.storage, Storage)
         self.storage.length += 1
         self.storage.appended += 1
+        if self.ring is not None:
+            self.ring.pushed(1)
         self.counts = [n + 1 for n in self.counts]
         self.held = [n + 1 for n in self.held]
         self.seen += 1
@@ -271,7 +289,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             seen_tokens=max(self.counts, default=0),
             kept_tokens=max(self.held, default=0),
             packed=isinstance(self.storage, PackedStorage),
-            kv_bytes=0 if self.storage is None else self.storage.nbytes,
+            kv_bytes=sum(held.nbytes for held in (self.storage, self.ring) if held is not None),
             full_kv_bytes=full,
         )
 
@@ -364,18 +382,65 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             self._keep(key, value, positions, None, padded, None)
             return
         self.settled = self.seen + query.shape[2]
+        index, scores = self._choose(query, key, value, valid, positions, scaling)
+        self._keep(key, value, positions, index, padded, scores)
+
+    def make_room(self, new: int) -> None:
+        """Before `new` tokens are added while decoding: evict, if that many would be too many for `slack`."""
+        storage, slack = self.storage, self.plan.config.slack
+        if slack is None or storage is None or storage.length + new <= self.full_at:
+            return
+        itemsize = storage.spec.itemsize
+        allowed = decoding_limits(self.plan, self.rank, self.counts, self.prompts, itemsize=itemsize, ahead=slack)
+        # Packing leaves slots that no row uses.
+        empty = storage.length - max(self.held) if isinstance(storage, PackedStorage) else 0
+        self.full_at = max(allowed) + slack + empty
+        if storage.length + new > self.full_at:
+            self._evict_decoded(storage, allowed)
+
+    @torch.no_grad()
+    def _evict_decoded(self, storage: Storage | PackedStorage, allowed: list[int]) -> None:
+        """Bring the layer back to its budget in the middle of decoding, in the buffers that it has."""
+        key, value = storage.view()
+        positions = storage.positions[:, :, : storage.length]
+        query = key[:, :, :0] if self.ring is None else self.ring.newest(storage.length)
+        self.held = [min(n, limit) for n, limit in zip(self.held, allowed, strict=True)]
+        padded = min(self.held) < max(self.held)
+        index, scores = self._choose(query, key, value, storage.valid(), positions, self.scaling)
+        if isinstance(storage, PackedStorage):
+            self._keep(key, value, positions, index, padded, scores)
+        else:
+            storage.keep(index, padded)
+        if self.ring is not None:
+            self.ring.drop(self.ring.count)
+        self.settled, self.full_at = self.seen, 0
+
+    def _open_ring(self, query: Tensor) -> None:
+        """Make ready for decoding after a forward of several tokens."""
+        self.prompts, self.full_at = list(self.counts), 0
+        size = ring_size(self.plan.config)
+        if size is None:
+            return
+        if self.ring is None:
+            self.ring = QueryRing.allocate(query, size, self._stored_as(query))
+        self.ring.drop(self.ring.count)
+
+    def _choose(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, positions: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """The slots to keep, (B, H, width) as `select` gives them, as many as `held`; and all scores (B, H, K)."""
         if self.scorer is None:
             scores = positions.float()  # nothing is dropped but padding: any finite score will do
         else:
-            first = first_head(self.plan.shape.layers[self.layer].kv_heads, heads)
+            first = first_head(self.plan.shape.layers[self.layer].kv_heads, key.shape[1])
             scores = self.scorer.score(Observation(query, key, value, scaling, valid, positions, self.layer, first))
             if scores.shape != positions.shape:
                 raise ConfigError(
                     f"method={self.plan.config.method!r}: score() returned {tuple(scores.shape)}; "
                     f"it must be (B, Hkv, K), here {tuple(positions.shape)}"
                 )
-        index = select(scores, self.held, width, recent=self.plan.config.recent, valid=valid, finite=True)
-        self._keep(key, value, positions, index, padded, scores)
+        index = select(scores, self.held, max(self.held), recent=self.plan.config.recent, valid=valid, finite=True)
+        return index, scores
 
     def _stored_as(self, like: Tensor) -> torch.dtype:
         name = self.plan.config.kv_dtype
@@ -399,15 +464,15 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
                 precisions,
                 recent=config.recent,
                 tokens=max(self.counts),
-                room=config.room,
+                room=config.free,
                 padded=padded,
                 scores=scores,
                 dtype=dtype,
             )
         elif index is None:
-            self.storage = Storage.whole(key, value, positions, config.room, dtype, self.pool)
+            self.storage = Storage.whole(key, value, positions, config.free, dtype, self.pool)
         else:
-            self.storage = Storage.gather(key, value, positions, index, config.room, padded, dtype, self.pool)
+            self.storage = Storage.gather(key, value, positions, index, config.free, padded, dtype, self.pool)
 
 
 class PyramidKVCache(Cache):  # type: ignore[misc]

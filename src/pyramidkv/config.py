@@ -48,6 +48,8 @@ class CompressionConfig:
             pages of 64 tokens, values per token (KIVI, arXiv 2402.02750). 4 for "auto".
         kv_dtype: of what is stored: "auto" (as the model computes), "float32", "float16" or "bfloat16".
         room: slots for new tokens allocated beside the kept ones; a layer grows by as many when they are used up.
+        slack: tokens that a layer may hold above its budget while decoding, before it evicts among the prompt's and
+            the new ones (R-KV's setting, arXiv 2505.24133); None never evicts while decoding.
         decode: how new tokens are computed in a session: "eager", "graph" (one CUDA graph, replayed for every token),
             "compiled" (the same after `torch.compile`: fastest, a minute to compile once a model), or "auto", a graph
             where one can be captured.
@@ -68,6 +70,7 @@ class CompressionConfig:
     bits: int = None  # type: ignore[assignment]  # the method's own
     kv_dtype: str = "auto"
     room: int = 128
+    slack: int | None = None
     decode: str = "auto"
 
     def __post_init__(self) -> None:
@@ -87,6 +90,10 @@ class CompressionConfig:
             _integer(name, getattr(self, name), least)
         if self.bits not in BITS or isinstance(self.bits, bool):
             raise ConfigError(f"bits={self.bits!r}: must be one of {', '.join(map(str, BITS))}")
+        if self.slack is not None:
+            _integer("slack", self.slack, 1)
+            if self.method == "full":
+                raise ConfigError(f"slack={self.slack}: method='full' keeps everything and evicts nothing")
         if self.method == "full" and self.bits != 16:
             raise ConfigError(f"bits={self.bits}: method='full' stores what the model computes; use keep=1.0 instead")
         if self.kernel % 2 == 0:
@@ -125,6 +132,11 @@ class CompressionConfig:
     def floor(self) -> int:
         """The fewest tokens that a layer may keep."""
         return self.recent + 1
+
+    @property
+    def free(self) -> int:
+        """Free slots of a layer that has just evicted: `room`, and at least `slack`."""
+        return max(self.room, self.slack or 0)
 
     @property
     def amount(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError
 from pyramidkv.methods import METHODS
 from pyramidkv.packed import Level, packed_bytes
+from pyramidkv.ring import SPARE
 from pyramidkv.shape import CacheShape
 from pyramidkv.storage import Spec
 
@@ -103,10 +104,17 @@ class Plan:
                 levels(config),
                 recent=config.recent,
                 tokens=tokens,
-                room=config.room,
+                room=config.free,
             )
+            + batch * self._ring_bytes(layer, itemsize)
             for layer, kept in zip(self.shape.compressed, budgets, strict=True)
         )
+
+    def _ring_bytes(self, layer: int, itemsize: int) -> int:
+        """Of a row's newest queries, kept for an eviction while decoding."""
+        shape = self.shape.layers[layer]
+        size = ring_size(self.config)
+        return 0 if size is None else shape.heads * shape.head_dim * itemsize * (size + SPARE)
 
     def _spec(self, layer: int, batch: int, itemsize: int) -> Spec:
         shape = self.shape.layers[layer]
@@ -124,6 +132,27 @@ class Plan:
 def levels(config: CompressionConfig) -> tuple[Level, ...]:
     """The precisions that older slots are stored in; none: all stay as the model computes them."""
     return () if config.bits == 16 else (Level(config.bits, config.bits),)
+
+
+def ring_size(config: CompressionConfig) -> int | None:
+    """How many queries of decoded tokens a layer keeps; None: none, since nothing would look at them."""
+    scorer = METHODS[config.method].scorer
+    return config.slack if scorer is not None and getattr(scorer, "observes", True) else None
+
+
+def decoding_limits(
+    plan: Plan, rank: int, counts: Sequence[int], prompts: Sequence[int], *, itemsize: int, ahead: int = 0
+) -> list[int]:
+    """`limits` for an eviction while decoding: a share is that of the prompt, and does not grow with what follows it.
+
+    `prompts` are the rows' real tokens after the last forward of several. The limits hold for `ahead` more tokens too:
+    as a short text grows, a pyramid moves budget from upper layers to lower ones. None is below what is always kept.
+    """
+    config = plan.config
+    if config.keep is not None or config.share is not None:
+        counts, ahead = prompts, 0
+    now, later = (limits(plan, rank, [n + more for n in counts], itemsize=itemsize) for more in (0, ahead))
+    return [max(min(a, b), config.floor) for a, b in zip(now, later, strict=True)]
 
 
 def limits(plan: Plan, rank: int, counts: Sequence[int], *, itemsize: int) -> list[int]:

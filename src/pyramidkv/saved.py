@@ -23,6 +23,7 @@ from pyramidkv.errors import ConfigError, DataError
 from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import Codes
 from pyramidkv.packed import PackedStorage, Tier
+from pyramidkv.ring import QueryRing
 from pyramidkv.shape import CacheShape, cache_shape
 from pyramidkv.sliding import SlidingLayer
 from pyramidkv.storage import Storage
@@ -32,6 +33,8 @@ FORMAT = 1  # of the file; another number is another layout, which this code can
 
 Tensors = dict[str, Tensor]
 Facts = dict[str, Any]  # what is no tensor, as JSON
+
+_LAYER_FIELDS = ("seen", "settled", "counts", "held", "prompts", "scaling")
 
 # What a key depends on beside the weights. Another model of the very same shape can't be told apart.
 _MODEL_FIELDS = ("hidden_size", "num_attention_heads", "vocab_size", "rope_parameters", "rope_scaling", "rope_theta")
@@ -104,8 +107,11 @@ def fingerprint(model_config: Any) -> Facts:
 
 
 def _dump_layer(layer: Any) -> tuple[Tensors, Facts]:
-    facts = {"seen": layer.seen, "settled": layer.settled, "counts": list(layer.counts), "held": list(layer.held)}
+    facts: Facts = {name: getattr(layer, name) for name in _LAYER_FIELDS}
     tensors: Tensors = {} if layer.offset is None else {"offset": layer.offset}
+    if layer.ring is not None:
+        tensors["queries"] = layer.ring.queries
+        facts["queries"] = layer.ring.count
     tiers = layer.storage.tiers if isinstance(layer.storage, PackedStorage) else ()
     facts["tiers"] = [
         {"key_bits": t.pages.keys.bits, "value_bits": t.pages.values.bits, "even": t.pages.even} for t in tiers
@@ -123,8 +129,11 @@ def _fill_layer(layer: Any, tensors: Tensors, facts: Facts) -> None:
     new = Storage.whole(tensors["keys"], tensors["values"], tensors["positions"], facts["free"])
     new.padded, new.holes, new.start = facts["padded"], facts["holes"], tensors.get("start")
     layer.start(len(facts["counts"]))
-    layer.counts, layer.held = facts["counts"], facts["held"]
-    layer.seen, layer.settled, layer.offset = facts["seen"], facts["settled"], tensors.get("offset")
+    for name in _LAYER_FIELDS:
+        setattr(layer, name, facts[name])
+    layer.offset = tensors.get("offset")
+    if "queries" in tensors:
+        layer.ring = QueryRing(tensors["queries"], facts["queries"])
     tiers = tuple(_tier(tensors, f"tier{number}.", about) for number, about in enumerate(facts["tiers"]))
     layer.storage = PackedStorage(tiers, new) if tiers else new
 

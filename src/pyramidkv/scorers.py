@@ -34,6 +34,8 @@ class Observation:
 class Scorer(ABC):
     """Says what each key is worth to later tokens."""
 
+    observes = True  # False for a scorer that never looks at `Observation.query`: no queries are kept for it
+
     def __init__(self, config: CompressionConfig) -> None:
         self.config = config
 
@@ -97,6 +99,8 @@ class HeavyHitterScorer(Scorer):
 class StreamingScorer(Scorer):
     """The first `sinks` tokens and the most recent ones (StreamingLLM, arXiv 2309.17453, section 3)."""
 
+    observes = False
+
     def score(self, seen: Observation) -> Tensor:
         position = seen.positions.float()
         return position.masked_fill(seen.positions < self.config.sinks, float("inf"))
@@ -106,6 +110,8 @@ class StreamingScorer(Scorer):
 class KeyNormScorer(Scorer):
     """Small key norms first (Devoto et al., arXiv 2406.11430)."""
 
+    observes = False
+
     def score(self, seen: Observation) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(seen.key.float(), dim=-1)
         return -norm
@@ -114,6 +120,8 @@ class KeyNormScorer(Scorer):
 @register("random")
 class RandomScorer(Scorer):
     """A random choice per layer and KV head that depends on the seed and a token's position alone."""
+
+    observes = False
 
     def score(self, seen: Observation) -> Tensor:
         heads = seen.key.shape[1]

@@ -19,6 +19,7 @@ class LayerShape:
     kv_heads: int
     head_dim: int
     sliding_window: int | None  # None: full attention, which is what can be compressed
+    heads: int  # query heads
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def cache_shape(config: Any) -> CacheShape:
         )
     shape = CacheShape(
         text.model_type,
-        tuple(LayerShape(kv_heads, head_dim, window if kind == "sliding_attention" else None) for kind in kinds),
+        tuple(LayerShape(kv_heads, head_dim, window if kind == "sliding_attention" else None, heads) for kind in kinds),
     )
     if not shape.compressed:
         raise UnsupportedError(

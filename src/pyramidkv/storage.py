@@ -165,6 +165,19 @@ class Storage:
         self.length = end
         self.appended += key.shape[2]
 
+    def keep(self, index: Tensor, padded: bool) -> None:
+        """Keep the slots `index` (B, H, N), -1 for an empty one, in the same buffers, and free the others.
+
+        Buffers stay where they are: a captured graph holds their addresses.
+        """
+        kept = index.shape[-1]
+        source = index.clamp(min=0)
+        for buffer in (self.keys, self.values):
+            buffer[:, :, :kept] = buffer.gather(2, source[..., None].expand(-1, -1, -1, buffer.shape[-1]))
+        self.positions[..., :kept] = self.positions.gather(2, source).masked_fill(index < 0, -1)
+        self.length, self.padded, self.holes = kept, padded, False
+        self.start = (index < 0).sum(-1, dtype=torch.int32) if padded else None
+
     def crop(self, slots: int) -> None:
         """Free the newest `slots` slots in use."""
         self.length -= slots

@@ -133,12 +133,16 @@ class DecodeGraph:
         That is so for the first token over new buffers: a graph is captured for those that stay.
         """
         layers: list[PyramidKVLayer] = cache.layers
+        for layer in layers:
+            layer.make_room(1)
         storages = [layer.storage for layer in layers if type(layer.storage) is Storage and not layer.storage.holes]
         if len(storages) < len(layers):
             return None
         free = min(s.capacity - s.length for s in storages)
-        if not _same(self._keys, [s.keys for s in storages]):
-            self._captured, self._keys = None, [weakref.ref(s.keys) for s in storages]
+        rings = [layer.ring.queries for layer in layers if layer.ring is not None]
+        written = [s.keys for s in storages] + rings
+        if not _same(self._keys, written):
+            self._captured, self._keys = None, [weakref.ref(tensor) for tensor in written]
             return None
         if free == 0 or (self._captured is None and free <= WARM_UPS):
             return None
@@ -196,8 +200,10 @@ class DecodeGraph:
             at.lengths += 1
 
         places = {
-            place: Place(s.keys, s.values, length, start)
-            for place, s, length, start in zip(cache.places, storages, at.lengths, at.starts, strict=True)
+            place: Place(s.keys, s.values, length, start, layer.ring.queries if layer.ring is not None else None)
+            for place, s, layer, length, start in zip(
+                cache.places, storages, layers, at.lengths, at.starts, strict=True
+            )
         }
         PLACES.update(places)
         try:

@@ -26,6 +26,7 @@ class Place:
     values: Tensor  # (B, Hkv, C, D)
     length: Tensor  # (1,) int32: slots in use before the step
     start: Tensor  # (B, Hkv) int32: empty slots at the front
+    queries: Tensor | None = None  # (B, Hq, R, D): where the query goes too, at its slot modulo R (`ring.py`)
 
 
 PLACES: dict[int, Place] = {}
@@ -40,6 +41,8 @@ def decode_step(query: Tensor, key: Tensor, value: Tensor, place: int, scaling: 
     behind `place`, and only this op touches them between two steps.
     """
     at = PLACES[place]
+    if at.queries is not None:
+        at.queries.index_copy_(2, at.length.long() % at.queries.shape[2], query.to(at.queries.dtype))
     return decode_attention(query, at.keys, at.values, at.length, at.start, scaling, (key, value))
 
 

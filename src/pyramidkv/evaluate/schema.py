@@ -272,7 +272,7 @@ def perplexity_change(row: Perplexity, baseline: Perplexity) -> Change:
     if any(getattr(row, k) != getattr(baseline, k) for k in same) or len(row.chunk_nll) != len(baseline.chunk_nll):
         raise DataError(f"rows of {row.corpus!r} were not measured on the same tokens and cannot be paired")
     delta = [a - b for a, b in zip(row.chunk_nll, baseline.chunk_nll, strict=True)]
-    mean, half = _mean_interval(delta)
+    mean, half = mean_interval(delta)
     return Change(math.expm1(mean), math.expm1(mean - half), math.expm1(mean + half))
 
 
@@ -291,7 +291,7 @@ _T = (
 )  # fmt: skip
 
 
-def _mean_interval(values: Sequence[float]) -> tuple[float, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half width of its 95% t interval; the width is infinite for one value."""
     n = len(values)
     mean = sum(values) / n
