@@ -21,7 +21,10 @@ from pyramidkv.ops.window_scores import naive as scores_naive
 from pyramidkv.ops.window_scores import window_scores
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-EVICTION = os.path.join(os.path.dirname(__file__), "test_eviction_kernels.py")  # its interpreted tests run with these
+# Files whose interpreted tests run with these.
+OTHERS = [
+    os.path.join(os.path.dirname(__file__), f"test_{name}.py") for name in ("eviction_kernels", "packed_attention")
+]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="run by test_triton_in_its_interpreter")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -214,7 +217,7 @@ def test_head_sizes_are_two_powers_of_two(size, expected):
 )
 def test_triton_in_its_interpreter():
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "interpreted", __file__, EVICTION],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "interpreted", __file__, *OTHERS],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]

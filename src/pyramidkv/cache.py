@@ -27,6 +27,7 @@ from pyramidkv.errors import ConfigError, UnsupportedError
 from pyramidkv.methods import METHODS
 from pyramidkv.ops.attention import attention
 from pyramidkv.ops.decode_attention import decode_attention, why_naive
+from pyramidkv.ops.packed_attention import packed_attention
 from pyramidkv.ops.select import select
 from pyramidkv.packed import PackedStorage
 from pyramidkv.parallel import first_head
@@ -109,7 +110,10 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             self.make_room(key_states.shape[2])
             columns = self._columns(key_states.shape[2], key_states.device)
             self.storage.append(key_states, value_states, columns, self._room)
-            keys, values = self.storage.view(key_states.dtype)
+            if isinstance(self.storage, PackedStorage):
+                keys, values = key_states, value_states  # `attend` reads the codes, or unpacks them
+            else:
+                keys, values = self.storage.view(key_states.dtype)
         else:
             self._check(key_states)
             past = self.storage.view(key_states.dtype)
@@ -218,12 +222,12 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         new = new.to(key.device)
         if self.storage is None and self.drafts:
             return self._attend_apart(query, key, value, new, scaling, dropout)
-        valid = self.visible(new, query.shape[2], key.shape[2])
-        storage = self.storage
-        if self._decodes(query, dropout):
-            assert isinstance(storage, Storage)
-            out = decode_attention(query, storage.keys, storage.values, storage.length, storage.start, scaling)
+        valid = None
+        if self._appends(query.shape[2]):
+            self._hide(new)
+            out = self._over_stored(query, key, value, scaling, dropout)
         else:
+            valid = self.visible(new, query.shape[2], key.shape[2])
             out = attention(query, key, value, scaling, valid, dropout)
         self.absorb(query, key, value, valid, new, scaling)
         return out
@@ -332,26 +336,35 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         """Whether a forward of that many tokens writes straight into the buffer: decoding, after a first forward."""
         return self.storage is not None and queries in (1, self.drafts)
 
-    def _decodes(self, query: Tensor, dropout: float) -> bool:
-        """Whether the decoding kernel, which reads the buffers as they lie, should serve a forward.
+    def _over_stored(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+        """Attention over all that is stored, the new tokens included: by a kernel that reads it as it lies, or by SDPA.
 
         Without empty slots SDPA's flash kernel is as fast on the device and cheaper to launch; a mask would end that.
         """
-        if not isinstance(self.storage, Storage):
-            return False
-        alike = self.storage.dtype == query.dtype and dropout == 0
-        lies_so = self.storage.padded and not self.storage.holes
-        return alike and lies_so and query.shape[2] == 1 and why_naive(query) is None
+        storage = self.storage
+        assert storage is not None
+        new = storage.new if isinstance(storage, PackedStorage) else storage
+        as_it_lies = query.shape[2] == 1 and new.dtype == query.dtype and dropout == 0 and not new.holes
+        if as_it_lies and why_naive(query) is None:
+            if isinstance(storage, PackedStorage):
+                pages = [tier.pages for tier in storage.tiers]
+                return packed_attention(query, pages, new.keys, new.values, new.length, new.start, scaling)
+            if new.padded:
+                return decode_attention(query, new.keys, new.values, new.length, new.start, scaling)
+        if isinstance(storage, PackedStorage):
+            key, value = storage.view(query.dtype)
+        return attention(query, key, value, scaling, storage.valid(), dropout)
+
+    def _hide(self, new: NewTokens) -> None:
+        """Make the newest slot empty in the rows whose new token is padding."""
+        if new.valid is not None:
+            assert self.storage is not None
+            self.storage.hide_newest(~new.valid[:, 0])
+            pad = -(~new.valid).int()[:, None]
+            self.offset = pad if self.offset is None else self.offset + pad
 
     def visible(self, new: NewTokens, queries: int, slots: int) -> Tensor | None:
         """(B, K) bool: which of the slots attended to hold a real token; None for all of them."""
-        if self._appends(queries):
-            assert self.storage is not None
-            if new.valid is not None:
-                self.storage.hide_newest(~new.valid[:, 0])
-                pad = -(~new.valid).int()[:, None]
-                self.offset = pad if self.offset is None else self.offset + pad
-            return self.storage.valid()
         past = None if self.storage is None else self.storage.valid()
         if past is None and new.valid is None:
             return None

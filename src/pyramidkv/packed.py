@@ -188,7 +188,8 @@ def _split(index: Tensor, levels: Sequence[Level], scores: Tensor | None) -> lis
         return [index]
     if scores is None:
         raise ValueError("scores=None: what goes to which level is decided by the scores of the slots")
-    worth = scores.gather(2, index.clamp(min=0)).float().nan_to_num(nan=torch.finfo(torch.float32).min)
+    worst = torch.finfo(torch.float32).min
+    worth = scores.gather(2, index.clamp(min=0)).float().nan_to_num(nan=worst, neginf=worst)
     worth = worth.masked_fill(index < 0, float("-inf"))
     index = index.gather(2, worth.sort(dim=-1, descending=True, stable=True).indices)
     parts = []

@@ -3,9 +3,10 @@
 Everything comes in pages of 64 tokens. Keys are scaled per channel over the tokens of a page, since a few channels are
 large for every token; values per token, over groups of channels. Scales and zero points are float16.
 
-The codes of a page lie in planes: with `n` = 64 * bits / 8 rows of bytes, row r holds in its lowest bits the codes of
-token r, then those of tokens r + n, r + 2 n, ... A kernel that loads all bytes of a page has its tokens after a shift
-and a mask, in 8 / bits parts of consecutive tokens, with no exchange between threads.
+The codes of a page lie in planes: of `n` = 64 * bits / 8 bytes, byte r holds in its lowest bits the code of token r,
+then those of tokens r + n, r + 2 n, ... A kernel that loads all bytes of a page has its tokens after a shift and a
+mask, in 8 / bits parts of consecutive tokens, with no exchange between threads. The channels of keys lie side by side,
+as the product with a query wants them, and so do the tokens of values, as the product with probabilities wants those.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ GROUP = 64  # at most so many channels share a value's
 
 @dataclass(frozen=True)
 class Codes:
-    """Pages of numbers: `codes` (*, 64 * bits / 8, D) uint8 and their float16 scales; or the numbers, in 16 bits."""
+    """Pages of numbers: `codes` uint8 and their float16 scales; or the numbers, in 16 bits."""
 
-    codes: Tensor  # 16 bits: (*, 64, D) as the model computes them
+    codes: Tensor  # keys (*, 64 * bits / 8, D), values (*, Dv, 64 * bits / 8); 16 bits: (*, 64, D) as computed
     scale: Tensor | None  # keys (*, D), values (*, 64, D / value_group(D)); None in 16 bits
     zero: Tensor | None  # of the same shape
     bits: int
@@ -80,14 +81,14 @@ def quantize_values(value: Tensor, bits: int) -> Codes:
         return Codes(value, None, None, bits)
     grouped = value.reshape(*value.shape[:-1], -1, value_group(value.shape[-1]))  # (*, 64, D / group, group)
     codes, scale, zero = _quantize(grouped, -1, bits, None)
-    return Codes(_pack(codes.flatten(-2), bits), scale.squeeze(-1), zero.squeeze(-1), bits)
+    return Codes(_pack(codes.flatten(-2), bits).mT.contiguous(), scale.squeeze(-1), zero.squeeze(-1), bits)
 
 
 def dequantize_values(packed: Codes, dtype: torch.dtype) -> Tensor:
     """(*, 64, D) values."""
     if packed.scale is None or packed.zero is None:
         return packed.codes.to(dtype)
-    codes = _unpack(packed.codes, packed.bits).reshape(*packed.scale.shape, -1).to(dtype)
+    codes = _unpack(packed.codes.mT, packed.bits).reshape(*packed.scale.shape, -1).to(dtype)
     value: Tensor = codes * packed.scale.to(dtype).unsqueeze(-1) + packed.zero.to(dtype).unsqueeze(-1)
     return value.flatten(-2)
 

@@ -29,21 +29,28 @@ def decode_attention(
     Returns:
         (B, Hq, 1, Dv) in the dtype of the query; zeros for rows with no slots.
     """
-    batch, heads = query.shape[:2]
-    kv_heads, capacity = keys.shape[1], keys.shape[2]
     if new is not None:
         for buffer, tensor in zip((keys, values), new, strict=True):
-            _write(buffer, tensor, length)
+            write(buffer, tensor, length)
         length = length + 1
     if isinstance(length, int):  # nothing to mask behind it
-        keys, values, capacity = keys[:, :, :length], values[:, :, :length], length
-        end: int | Tensor = length
-    else:
-        end = length.reshape(-1, 1, 1) if length.numel() == 1 else length[..., None]
-    slot = torch.arange(capacity, device=keys.device)
-    used = (slot < end).expand(batch, kv_heads, capacity)
-    if start is not None:
-        used = used & (slot >= start[..., None])
+        keys, values = keys[:, :, :length], values[:, :, :length]
+    return over(query, keys, values, in_use(keys, length, start), scaling)
+
+
+def in_use(keys: Tensor, length: int | Tensor, start: Tensor | None) -> Tensor:
+    """(B, H, C) bool: which slots of (B, H, C, D) buffers lie in [start, length)."""
+    slot = torch.arange(keys.shape[2], device=keys.device)
+    if isinstance(length, Tensor):
+        length = length.reshape(-1, 1, 1) if length.numel() == 1 else length[..., None]
+    used = (slot < length).expand(keys.shape[:3])
+    return used if start is None else used & (slot >= start[..., None])
+
+
+def over(query: Tensor, keys: Tensor, values: Tensor, used: Tensor, scaling: float) -> Tensor:
+    """Attention of (B, Hq, 1, D) queries over the slots of (B, Hkv, C, *) that `used`, (B, Hkv, C) bool, names."""
+    batch, heads = query.shape[:2]
+    kv_heads = keys.shape[1]
     # Unused slots may hold anything, NaN too, which a probability of 0 would not take away.
     value = values.float().masked_fill(~used[..., None], 0.0)
     grouped = query.float().reshape(batch, kv_heads, heads // kv_heads, -1)
@@ -53,7 +60,7 @@ def decode_attention(
     return (probability @ value).reshape(batch, heads, 1, -1).to(query.dtype)
 
 
-def _write(buffer: Tensor, tensor: Tensor, slot: int | Tensor) -> None:
+def write(buffer: Tensor, tensor: Tensor, slot: int | Tensor) -> None:
     """Put (B, H, 1, D) into a slot of each row and head of (B, H, C, D)."""
     if isinstance(slot, int):
         buffer[:, :, slot] = tensor[:, :, 0]

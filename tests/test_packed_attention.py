@@ -1,0 +1,206 @@
+"""Attention over packed pages: the plain definition against loops in float64, and Triton against that.
+
+The interpreted tests are run by `test_kernels.test_triton_in_its_interpreter`.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from pyramidkv.ops.packed_attention import naive, packed_attention
+from pyramidkv.ops.pages import Pages
+from pyramidkv.ops.quantize import value_group
+from test_eviction_kernels import poisoned
+from test_kernels import DTYPES, ERROR, distance, exact_decode, interpreted, new_token, on_gpu, random
+
+
+class Case(NamedTuple):
+    batch: int
+    heads: int
+    kv_heads: int
+    size: int
+    tiers: tuple[tuple[int, int, int], ...]  # bits of keys, of values, slots
+    capacity: int  # of the newest
+    ragged: bool = False  # every head keeps its own number of slots
+
+
+CASES = [
+    Case(1, 2, 2, 80, ((4, 4, 150),), 37),
+    Case(2, 4, 2, 64, ((8, 8, 70), (2, 2, 130)), 20),
+    Case(1, 4, 1, 128, ((4, 4, 200),), 9),  # two scales a value
+    Case(1, 1, 1, 256, ((2, 2, 100),), 66),  # four
+    Case(1, 3, 3, 96, ((4, 2, 130), (2, 8, 30)), 35, True),
+    Case(1, 9, 1, 112, ((16, 16, 70), (8, 4, 64)), 20),  # 18 pairs of query head and scale; groups of 56 channels
+    Case(1, 4, 2, 32, ((4, 4, 64), (16, 16, 90)), 33, True),
+]
+SEVEN = Case(7, 4, 2, 64, ((4, 4, 90),), 17, True)
+
+
+def make(case, dtype=torch.float32, kind="each", device="cpu", scale=1.0, attended=0):
+    """Query, pages, newest slots with their length and start, and the slots of each tier, (B, Hkv) lists of them.
+
+    With `attended`, one packed token has a logit of about that much, the others about 0, and its value is 0.
+    """
+    batch, kv_heads = case.batch, case.kv_heads
+    query = random(batch, case.heads, 1, case.size, seed=1, dtype=dtype, device=device)
+    every = sum(slots for *_, slots in case.tiers)
+    key = (random(batch, kv_heads, every, case.size, seed=2) * 2 + 1).to(device, dtype)
+    value = (random(batch, kv_heads, every, case.size, seed=3) * scale).to(device, dtype)
+    order = torch.randperm(every, generator=torch.Generator().manual_seed(4))
+    if attended:
+        value[:, :, order[0]] = 0
+        alike = key[:, :1, order[:1]].float() - 1
+        query = (alike * attended / (0.2 * alike.square().sum(-1, keepdim=True))).to(dtype).expand_as(query)
+    pages, chosen, begin = [], [], 0
+    for key_bits, value_bits, slots in case.tiers:
+        index = order[begin : begin + slots].sort().values.repeat(batch, kv_heads, 1).to(device)
+        begin += slots
+        limits = torch.full((batch, kv_heads), slots)
+        if case.ragged:  # some heads with none, some with whole pages
+            limits = torch.arange(batch * kv_heads).reshape(batch, kv_heads) * 37 % (slots + 1)
+            limits[-1, -1] = 64
+            index = index.masked_fill(torch.arange(slots, device=device) < slots - limits.to(device)[..., None], -1)
+        total = int(limits.sum(1).max()) if case.ragged else None
+        tier = Pages.gather(key, value, index, key_bits, value_bits, total)
+        for codes in (tier.keys, tier.values):  # pages of no head are nobody's business
+            for name, tensor in codes.tensors().items():
+                for row, used in enumerate(tier.count.sum(1).tolist()):
+                    tensor[row, used:] = 255 if name == "codes" and codes.bits < 16 else float("nan")
+        pages.append(tier)
+        chosen.append([[head[head >= 0] for head in row] for row in index])
+    new = [random(batch, kv_heads, case.capacity, case.size, seed=s, dtype=dtype, device=device) for s in (5, 6)]
+    rows = torch.arange(batch * kv_heads, dtype=torch.int32).reshape(batch, kv_heads)
+    start = None
+    if kind == "number":
+        length = ends = case.capacity - 1
+    elif kind == "one":
+        length = torch.tensor([case.capacity // 2], dtype=torch.int32, device=device)
+        ends = case.capacity // 2
+    else:
+        length = (case.capacity - 1 - rows * 5) % case.capacity
+        start = (length * (rows % 3)) // 3
+        ends = length[..., None]
+    slot = torch.arange(case.capacity)
+    used = (slot < ends).expand(batch, kv_heads, case.capacity)
+    used = (used if start is None else used & (slot >= start[..., None])).to(device)
+    new = [t.masked_fill(~used[..., None], float("nan")) for t in new]
+    length, start = (t.to(device) if isinstance(t, torch.Tensor) else t for t in (length, start))
+    return (query, pages, *new, length, start), (key, value, chosen, used)
+
+
+def rounded(x, dim, bits):
+    """Numbers as codes of `bits` bits give them back, one scale along `dim`, by the definition."""
+    if bits == 16:
+        return x.double()
+    zero = x.amin(dim, keepdim=True).half()
+    step = ((x.amax(dim, keepdim=True) - zero.float()) / (2**bits - 1)).half().clamp(min=2.0**-14)
+    code = ((x - zero.float()) / step.float()).round().clamp(0, 2**bits - 1)
+    return zero.double() + step.double() * code.double()
+
+
+def by_hand(case, inputs, known, extra=()):
+    """Every head's slots cut into pages from the newest backwards, rounded, and attended to in float64."""
+    query, _, new_keys, new_values, *_ = inputs
+    key, value, chosen, used = known
+    out = torch.zeros(case.batch, case.heads, 1, case.size, dtype=torch.float64)
+    groups = case.heads // case.kv_heads
+    for b in range(case.batch):
+        for h in range(case.kv_heads):
+            keys = [new_keys[b, h, used[b, h]].double(), *(t[b, h].double() for t in extra[:1])]
+            values = [new_values[b, h, used[b, h]].double(), *(t[b, h].double() for t in extra[1:])]
+            for (key_bits, value_bits, _), slots in zip(case.tiers, chosen, strict=True):
+                for end in range(len(slots[b][h]), 0, -64):
+                    page = slots[b][h][max(0, end - 64) : end]
+                    keys.append(rounded(key[b, h, page], 0, key_bits))
+                    grouped = value[b, h, page].reshape(len(page), -1, value_group(case.size))
+                    values.append(rounded(grouped, 2, value_bits).flatten(1))
+            all_keys, all_values = torch.cat(keys)[None, None], torch.cat(values)[None, None]
+            heads = query[b : b + 1, h * groups : (h + 1) * groups]
+            there = torch.ones(1, 1, all_keys.shape[2], dtype=torch.bool)
+            out[b, h * groups : (h + 1) * groups] = exact_decode(heads, all_keys, all_values, there, 0.2)[0]
+    return out
+
+
+@pytest.mark.parametrize("case", [*CASES, SEVEN], ids=str)
+@pytest.mark.parametrize("fresh", [False, True])
+def test_packed_attention_is_its_definition(case, fresh):
+    inputs, known = make(case)
+    new = new_token(inputs[2]) if fresh else None
+    got = packed_attention(*inputs, 0.2, new)
+    assert got.shape == inputs[0].shape
+    # A number half way between two codes may go to either in float32, which moves one of thousands by a step.
+    assert distance(got, by_hand(case, inputs, known, new or ())) < 1e-3
+
+
+def compare(inputs, new, blocks=None):
+    """Distance of the kernel's result to the definition's; what they write is the same."""
+    from pyramidkv.ops.packed_attention import triton
+
+    query, pages, keys, values, *rest = inputs
+    before = keys.clone(), values.clone()
+    with poisoned():
+        got = triton.packed_attention(query, pages, keys, values, *rest, 0.2, new, blocks=blocks)
+    wide = [t.float() for t in before]
+    wide_new = None if new is None else tuple(t.float() for t in new)
+    expected = naive.packed_attention(query.float(), pages, *wide, *rest, 0.2, wide_new)
+    for buffer, after in zip((keys, values), wide, strict=True):
+        assert torch.equal(buffer.float().nan_to_num(7.0), after.nan_to_num(7.0))
+    return distance(got, expected)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("case", "kind"), [*((case, "each") for case in CASES), (CASES[0], "number"), (CASES[1], "one")], ids=str
+)
+def test_interpreted_packed_attention(case, kind):
+    inputs, _ = make(case, kind=kind)
+    assert compare(inputs, new_token(inputs[2]) if kind != "number" else None) < 1e-5
+
+
+@interpreted
+@pytest.mark.parametrize(("case", "pages"), [(CASES[0], 1), (CASES[0], 3), (SEVEN, 1)], ids=str)
+def test_interpreted_packed_attention_in_pieces(case, pages):
+    from pyramidkv.ops.packed_attention import triton
+
+    inputs, _ = make(case)
+    assert compare(inputs, None, triton.Blocks(pages, 32, 1, 1)) < 1e-5
+
+
+@interpreted
+@pytest.mark.parametrize("attended", [0, 9])
+def test_interpreted_packed_attention_in_half_precision(attended):
+    """Small values beside a token of e^9 times their attention: shares of them must not vanish in float16."""
+    case = Case(1, 1, 1, 128, ((4, 4, 250), (2, 2, 70), (16, 16, 20)), 2)
+    inputs, _ = make(case, torch.float16, "number", scale=1e-2, attended=attended)
+    inputs[3][:] *= 1e-2
+    assert compare(inputs, None) < 2 * ERROR[torch.float16]
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("bits", [((4, 4),), ((8, 8),), ((2, 2),), ((16, 16),), ((8, 8), (4, 4), (2, 2)), ((4, 2),)])
+@pytest.mark.parametrize("heads", [(32, 32, 80), (32, 8, 128), (28, 4, 128), (4, 1, 256), (8, 8, 96), (9, 1, 112)])
+def test_gpu_packed_attention(dtype, fresh, ragged, bits, heads):
+    tiers = tuple((*pair, 700 - 40 * number) for number, pair in enumerate(bits))
+    inputs, _ = make(Case(3, *heads, tiers, 150, ragged), dtype, device="cuda")
+    assert compare(inputs, new_token(inputs[2]) if fresh else None) < ERROR[dtype]
+
+
+@on_gpu
+def test_a_graph_over_pages_stays_right_as_the_length_grows():
+    (query, pages, keys, values, _, _), _ = make(Case(2, 32, 32, 80, ((4, 4, 700),), 150), torch.float16, device="cuda")
+    keys, values = keys.nan_to_num(), values.nan_to_num()
+    length = torch.tensor([20], dtype=torch.int32, device="cuda")
+    packed_attention(query, pages, keys, values, length, None, 0.1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = packed_attention(query, pages, keys, values, length, None, 0.1)
+    for now in (20, 21, 64, 149, 1, 0):
+        length.fill_(now)
+        graph.replay()
+        expected = naive.packed_attention(query.float(), pages, keys.float(), values.float(), now, None, 0.1)
+        assert distance(out, expected) < ERROR[torch.float16]
