@@ -259,7 +259,8 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             self._evict(query, key, value, valid, new, scaling)
             self._open_ring(query)
         elif self.ring is not None:
-            self.ring.push(query, key.shape[2] - queries)
+            assert self.storage is not None
+            self.ring.push(query, self.storage.length - queries)
         self.seen += queries
 
     def foresee(self) -> None:
