@@ -1,4 +1,4 @@
-"""Tokens per second at the largest batch that fits one GPU: the full cache (StaticCache, compiled) and a compressed one.
+"""Tokens a second at the largest batch that fits a GPU: the full cache (StaticCache, compiled) and a compressed one.
 
     python benchmarks/largest_batch_gpu.py --model pythia-2.8b --dtype float16 --prompt 6144
 
@@ -26,6 +26,7 @@ import transformers
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import pyramidkv
+from pyramidkv.decode import compiled
 from pyramidkv.models.source import load_model
 
 
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "largest-batch.json")
     arguments = parser.parse_args()
     model = load_model(f"random:{arguments.model}", device="cuda", dtype=arguments.dtype).model
-    compressed = pyramidkv.CompressionConfig(keep=0.25, room=arguments.new_tokens, decode="compiled")
+    config_25 = pyramidkv.CompressionConfig(keep=0.25, room=arguments.new_tokens, decode="compiled")
     report: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -93,7 +94,7 @@ def main() -> None:
         "runs": [],
     }
     for name, config, batches in (
-        ("pyramidkv, keep=0.25 decode=compiled", compressed, arguments.compressed),
+        ("pyramidkv, keep=0.25 decode=compiled", config_25, arguments.compressed),
         ("transformers StaticCache, compiled", None, arguments.full),
     ):
         for batch in batches:
@@ -105,8 +106,8 @@ def main() -> None:
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
             print(name, {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             torch._dynamo.reset()
-            if hasattr(model, "_pyramidkv_step"):
-                del model._pyramidkv_step
+            if hasattr(model, compiled._ATTRIBUTE):
+                delattr(model, compiled._ATTRIBUTE)
             gc.collect()
             torch.cuda.empty_cache()
             if "tokens_per_second" in row:

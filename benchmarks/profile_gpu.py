@@ -2,8 +2,7 @@
 
     python benchmarks/profile_gpu.py --model pythia-2.8b --dtype float16 --prompt 6144 --batch 1 --batch 8
 
-Random weights of the true shape. `--inductor` names settings of torch's compiler to compare, such as `default`,
-`coordinate_descent_tuning` or `max_autotune`.
+Random weights of the true shape. `--inductor` names settings of torch's compiler to compare, `ours` being what is used.
 """
 
 from __future__ import annotations
@@ -25,10 +24,17 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
 import pyramidkv
-from pyramidkv.decode import graph as graphs
+from pyramidkv.decode import compiled
 from pyramidkv.models.source import load_model
 
 STEPS = 40
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ours": dict(compiled.INDUCTOR),
+    "default": {},
+    "coordinate_descent_tuning": {"coordinate_descent_tuning": True},
+    "max_autotune": {"max_autotune": True},
+    "ours+max_autotune": compiled.INDUCTOR | {"max_autotune_gemm": True},
+}
 
 
 def device_ms(replay: Any, count: int = STEPS) -> float:
@@ -134,7 +140,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--prompt", type=int, default=6144)
     parser.add_argument("--batch", type=int, action="append")
-    parser.add_argument("--inductor", action="append")
+    parser.add_argument("--inductor", action="append", choices=SETTINGS)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "profile.json")
     arguments = parser.parse_args()
     model = load_model(f"random:{arguments.model}", device="cuda", dtype=arguments.dtype).model
@@ -160,14 +166,14 @@ def main() -> None:
             own = {k: v for k, v in row["kernels"][name].items() if k not in base}
             print(f"  only in {name}: {sum(v['us'] for v in own.values()):.0f} us", flush=True)
             show(own)
-    settings = [None, *(arguments.inductor or ["coordinate_descent_tuning"])]
+    settings = [None, *(arguments.inductor or ["ours"])]
     for batch in arguments.batch or [1]:
         for setting in settings:
             if setting is not None:
-                graphs.INDUCTOR.clear()
-                graphs.INDUCTOR.update({} if setting == "default" else dict.fromkeys(setting.split("+"), True))
-                if hasattr(model, graphs._ATTRIBUTE):
-                    delattr(model, graphs._ATTRIBUTE)
+                compiled.INDUCTOR.clear()
+                compiled.INDUCTOR.update(SETTINGS[setting])
+                if hasattr(model, compiled._ATTRIBUTE):
+                    delattr(model, compiled._ATTRIBUTE)
                 torch._dynamo.reset()
             config = pyramidkv.CompressionConfig(keep=0.25, room=200, decode="graph" if setting is None else "compiled")
             row = {"inductor": setting, **measure(model, config, batch, arguments.prompt)}

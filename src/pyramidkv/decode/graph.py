@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.pool import Pool
-from pyramidkv.decode.step import PLACES, Place, StepCache
+from pyramidkv.decode.step import PLACES, Place, Step, StepCache, step_of
 from pyramidkv.ops import kernels
 from pyramidkv.shape import cache_shape
 from pyramidkv.storage import Storage
@@ -26,22 +26,8 @@ from pyramidkv.storage import Storage
 if TYPE_CHECKING:
     from pyramidkv.cache import PyramidKVCache, PyramidKVLayer
 
-_ATTRIBUTE = "_pyramidkv_step"
 _ASIDE: dict[torch.device, torch.cuda.Stream] = {}  # one a device: cuBLAS keeps 32 MB for every stream it has seen
-# At batch 1 a product with a weight becomes a reduction fused with what follows, and its tiles are tried out.
-INDUCTOR: dict[str, Any] = {"coordinate_descent_tuning": True}
 WARM_UPS = 2  # runs before a capture: kernels are compiled and libraries set up in them
-Step = Callable[[Tensor, Tensor], Tensor]  # tokens (B, 1) and positions (B, 1) to logits (B, 1, V)
-
-
-class _Compiled:
-    """A compiled step, an attribute of its model: sessions come and go, and compiling takes a minute."""
-
-    def __init__(self, forward: Callable[..., Any], layers: int) -> None:
-        self.cache = StepCache(layers)
-        self.step: Step = torch.compile(
-            step_of(forward, self.cache), fullgraph=True, dynamic=False, options=dict(INDUCTOR)
-        )
 
 
 def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -59,17 +45,6 @@ def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]
         work()
     replay: Callable[[], None] = graph.replay
     return replay
-
-
-def step_of(forward: Callable[..., Any], cache: StepCache) -> Step:
-    """The step of a model whose forward this is."""
-
-    def step(ids: Tensor, positions: Tensor) -> Tensor:
-        out = forward(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True)
-        logits: Tensor = out.logits
-        return logits
-
-    return step
 
 
 def why_eager(model: Any, config: CompressionConfig) -> str | None:
@@ -219,10 +194,9 @@ class DecodeGraph:
         if not self._compiled:
             cache = StepCache(layers)
             return step_of(self._forward, cache), cache
-        kept: _Compiled | None = getattr(self._model, _ATTRIBUTE, None)
-        if kept is None:
-            kept = _Compiled(self._forward, layers)
-            setattr(self._model, _ATTRIBUTE, kept)
+        from pyramidkv.decode.compiled import compiled_step
+
+        kept = compiled_step(self._model, self._forward, layers)
         return kept.step, kept.cache
 
 

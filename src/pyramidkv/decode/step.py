@@ -8,6 +8,7 @@ a buffer is part of what `torch.compile` sees, so that another prompt or capacit
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ class Place:
     queries: Tensor | None = None  # (B, Hq, R, D): where the query goes too, at its slot modulo R (`ring.py`)
 
 
+Step = Callable[[Tensor, Tensor], Tensor]  # tokens (B, 1) and positions (B, 1) to logits (B, 1, V)
 PLACES: dict[int, Place] = {}
 _numbers = itertools.count()
 
@@ -102,3 +104,14 @@ class StepCache(Cache):  # type: ignore[misc]
     @property
     def places(self) -> list[int]:
         return [layer.place for layer in self.layers]
+
+
+def step_of(forward: Callable[..., Any], cache: StepCache) -> Step:
+    """The step of a model whose forward this is."""
+
+    def step(ids: Tensor, positions: Tensor) -> Tensor:
+        out = forward(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True)
+        logits: Tensor = out.logits
+        return logits
+
+    return step
