@@ -1,6 +1,6 @@
 """Are the Triton kernels right at real sizes, and how fast are they? One run on one GPU, about two minutes.
 
-    python benchmarks/kernels_gpu.py --out kernels.json [--seconds 140] [--only eviction]
+    python benchmarks/kernels_gpu.py --out kernels.json [--seconds 140] [--only eviction | packed]
 
 Times are those of launches inside a CUDA graph, a layer's worth each, over input sets that together pass the L2 cache.
 Order: correctness, the chosen tiles beside torch, then the other tiles until the seconds are over.
@@ -9,6 +9,8 @@ Order: correctness, the chosen tiles beside torch, then the other tiles until th
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -25,6 +27,10 @@ from pyramidkv.ops.compact import naive as compact_naive
 from pyramidkv.ops.compact import triton as compaction
 from pyramidkv.ops.decode_attention import naive as decode_naive
 from pyramidkv.ops.decode_attention import triton as decode
+from pyramidkv.ops.packed_attention import naive as packed_naive
+from pyramidkv.ops.packed_attention import triton as packed
+from pyramidkv.ops.pages import Pages
+from pyramidkv.ops.quantize import Codes, key_bytes, value_bytes, value_group
 from pyramidkv.ops.select import naive as select_naive
 from pyramidkv.ops.select import triton as selection
 from pyramidkv.ops.window_scores import naive as scores_naive
@@ -40,6 +46,9 @@ EVICTIONS = (  # model, rows, slots, kept
     ("pythia-2.8b", 1, 6144, 1536), ("pythia-2.8b", 8, 6144, 1536),
     ("llama-8b", 1, 8192, 2048), ("llama-8b", 1, 32768, 8192), ("llama-8b", 1, 131072, 32768),
 )  # fmt: skip
+PACKED = tuple((model, rows, 6144, bits) for model in MODELS for rows in (1, 8) for bits in (8, 4, 2))
+PACKED_SWEEPS = (("pythia-2.8b", 1, 6144, 4), ("llama-8b", 1, 6144, 4), ("pythia-2.8b", 8, 6144, 4),
+                 ("llama-8b", 8, 6144, 4), ("pythia-2.8b", 1, 6144, 2), ("pythia-2.8b", 1, 6144, 8))  # fmt: skip
 RECENT = 32
 ROOM = 30  # free slots of the buffers, as in a cache that grows
 
@@ -373,6 +382,90 @@ def compact_sweep(model: str, rows: int, slots: int, kept: int, seconds: float) 
     return found
 
 
+def packed_sets(model: str, rows: int, slots: int, bits: int, ragged: bool = False) -> list[tuple]:
+    """Queries, one tier of random codes in pages, and 64 newest slots of 94."""
+    heads, kv_heads, size, dtype = MODELS[model]
+    each = slots // 64
+    total = rows * kv_heads * each * (key_bytes(size, bits, 2) + value_bytes(size, bits, 2))
+    sets = []
+    for _ in range(max(2, min(24, int(3 * L2 // total) + 1))):
+        count = torch.full((rows, kv_heads), each, dtype=torch.int32, device="cuda")
+        if ragged:  # as many pages in all, up to half as many again in a head
+            count[:, ::2] += torch.randint(0, each // 2, (rows, kv_heads // 2), device="cuda", dtype=torch.int32)
+            count[:, 1::2] = 2 * each - count[:, ::2]
+        first = (count.cumsum(1) - count).int()
+        start = torch.randint(0, 64, (rows, kv_heads), device="cuda", dtype=torch.int32)
+
+        def codes(shape: tuple[int, ...], scales: tuple[int, ...], pages: int = kv_heads * each) -> Codes:
+            numbers = torch.randint(0, 256, (rows, pages, *shape), device="cuda", dtype=torch.uint8)
+            scale = torch.rand(rows, pages, *scales, device="cuda").half() * (3 / 2**bits) + 0.01
+            return Codes(numbers, scale, -scale * 2 ** (bits - 1), bits)
+
+        pages = Pages(
+            codes((8 * bits, size), (size,)), codes((size, 8 * bits), (64, size // value_group(size))),
+            first, count, start, not ragged,
+        )  # fmt: skip
+        query = torch.randn(rows, heads, 1, size, device="cuda", dtype=dtype)
+        newest = (torch.randn(rows, kv_heads, 64 + ROOM, size, device="cuda", dtype=dtype) for _ in range(2))
+        length = torch.tensor([64], dtype=torch.int32, device="cuda")
+        sets.append((query, [pages], *newest, length, None, size**-0.5))
+    return sets
+
+
+def check_packed() -> dict[str, float]:
+    """Relative error against the float32 definition."""
+    found: dict[str, float] = {}
+    for model, rows, ragged in itertools.product(MODELS, (1, 7), (False, True)):
+        for bits in (8, 4, 2):
+            ((query, pages, keys, values, length, start, scaling), *_) = packed_sets(model, rows, 1536, bits, ragged)
+            expected = packed_naive.packed_attention(
+                query.float(), pages, keys.float(), values.float(), length, start, scaling
+            )
+            for overlap in (False, True):
+                name = f"packed {model} {bits} bits{' ragged' if ragged else ''}{' overlap' if overlap else ''}"
+                plan = packed.choose(rows * keys.shape[1], 24, overlap)
+                for _ in range(3):  # a race would move
+                    got = packed.packed_attention(query, pages, keys, values, length, start, scaling, blocks=plan)
+                    found[name] = max(found.get(name, 0.0), error(got, expected), key=lambda e: (e != e, e))
+    for name, value in found.items():
+        print(f"check {name}: {value:.2e} {'ok' if value < 1e-2 else 'WRONG'}", flush=True)
+    return found
+
+
+def packed_row(model: str, rows: int, slots: int, bits: int, bandwidth: float) -> dict:
+    _, kv_heads, size, dtype = MODELS[model]
+    row: dict = {"model": model, "rows": rows, "slots": slots, "bits": bits}
+    page = key_bytes(size, bits, 2) + value_bytes(size, bits, 2)
+    newest = 64 * 2 * size * dtype.itemsize
+    row["floor"] = rows * kv_heads * (slots // 64 * page + newest) / bandwidth / 1e6
+    for name, ragged, overlap in (
+        ("one after the other", False, False),
+        ("overlap", False, True),
+        ("ragged", True, True),
+    ):
+        sets = packed_sets(model, rows, slots, bits, ragged)
+        plan = packed.choose(rows * kv_heads, slots // 64, overlap)
+        row[name] = microseconds([lambda s=s, p=plan: packed.packed_attention(*s, blocks=p) for s in sets])
+    for name, kept in (("16 bits", slots), ("16 bits, a quarter", slots // 4)):
+        plain = decode_sets(model, rows, kept)
+        row[name] = microseconds([lambda s=s: decode.decode_attention(*s[:4], None, s[4]) for s in plain])
+    return row
+
+
+def packed_sweep(model: str, rows: int, slots: int, bits: int, seconds: float) -> dict[str, float]:
+    sets = packed_sets(model, rows, slots, bits)
+    found: dict[str, float] = {}
+    # pages, chunk, warps, stages, overlap, registers
+    for registers, pages, stages, warps in itertools.product((128, 168, 0), (1, 2, 4, 8), (1, 2), (1, 2)):
+        if elapsed() > seconds or (warps == 2 and registers == 168):
+            continue
+        plan = packed.Blocks(pages, 64, warps, stages, True, registers)
+        found[str(dataclasses.astuple(plan))] = microseconds(
+            [lambda s=s, p=plan: packed.packed_attention(*s, blocks=p) for s in sets]
+        )
+    return found
+
+
 def prefill_attention(model: str, keys: int) -> dict:
     heads, kv_heads, size, dtype = MODELS[model]
     query = torch.randn(1, heads, keys, size, device="cuda", dtype=dtype)
@@ -388,7 +481,10 @@ def prefill_attention(model: str, keys: int) -> dict:
     return row
 
 
-SWEEPS = {"decode": decode_sweep, "scores": scores_sweep, "select": select_sweep, "compact": compact_sweep}
+SWEEPS = {
+    "decode": decode_sweep, "scores": scores_sweep, "select": select_sweep, "compact": compact_sweep,
+    "packed": packed_sweep,
+}  # fmt: skip
 
 
 def table(rows: list[dict]) -> None:
@@ -417,10 +513,18 @@ def measure_eviction(report: dict) -> None:
     print(f"eviction after {elapsed():.0f} s", flush=True)
 
 
+def measure_packed(report: dict) -> None:
+    """Decode attention over codes, beside that over 16 bits."""
+    report["packed_error"] = check_packed()
+    print(f"packed checked after {elapsed():.0f} s", flush=True)
+    report["packed"] = [packed_row(*case, report["copy_TBps"]) for case in PACKED]
+    print(f"packed after {elapsed():.0f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "kernels.json")
-    parser.add_argument("--only", choices=["attention", "eviction"], help="the kernels of one of the two; default: all")
+    parser.add_argument("--only", choices=["attention", "eviction", "packed"], help="some of the kernels; default: all")
     parser.add_argument("--seconds", type=float, default=140, help="when to stop trying other tiles")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -429,10 +533,12 @@ def main() -> None:
     try:
         report |= ceilings()
         print({name: round(report[name], 2) for name in ("copy_TBps", "bf16_TFLOPs")}, flush=True)
-        if arguments.only != "attention":
+        if arguments.only in (None, "eviction"):
             measure_eviction(report)
-        if arguments.only != "eviction":
+        if arguments.only in (None, "attention"):
             measure_attention(report)
+        if arguments.only in (None, "packed"):
+            measure_packed(report)
         report["sweeps"] = {}
         for model, kind, *size in (
             ("pythia-2.8b", "select", 1, 6144, 1536), ("pythia-2.8b", "compact", 1, 6144, 1536),
@@ -442,8 +548,9 @@ def main() -> None:
             ("pythia-2.8b", "decode", 8, 1690), ("llama-8b", "decode", 1, 1690), ("llama-8b", "scores", 6144, 1024),
             ("pythia-2.8b", "scores", 6144, 32), ("llama-8b", "decode", 8, 6272), ("pythia-2.8b", "decode", 8, 6272),
             ("pythia-2.8b", "decode", 1, 6272), ("llama-8b", "scores", 6144, 32),
+            *((model, "packed", *size) for model, *size in PACKED_SWEEPS),
         ):  # fmt: skip
-            about = "eviction" if kind in ("select", "compact") else "attention"
+            about = {"select": "eviction", "compact": "eviction", "packed": "packed"}.get(kind, "attention")
             if arguments.only not in (None, about):
                 continue
             report["sweeps"][f"{kind} {model} {size}"] = SWEEPS[kind](model, *size, arguments.seconds)
@@ -453,7 +560,7 @@ def main() -> None:
     for name, found in report["sweeps"].items():
         print(name + ": " + "; ".join(f"{k} {v:.1f}" for k, v in sorted(found.items(), key=lambda item: item[1])))
     print()
-    for name in ("decode", "scores", "prefill", "eviction"):
+    for name in ("decode", "scores", "prefill", "eviction", "packed"):
         if name in report:
             table(report[name])
     print(f"{report['copy_TBps']:.2f} TB/s copied, {report['bf16_TFLOPs']:.0f} TFLOP/s, {elapsed():.0f} s in all")

@@ -28,6 +28,8 @@ from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import value_group
 
 INTERPRETED = triton.knobs.runtime.interpret
+# What changes from layer to layer and token to token must not compile anything anew.
+_COUNTS = ["length", "capacity", "splits", "items", "per_program", "chunk", "row_pages"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,11 @@ class Blocks:
 
 
 def choose(heads: int, pages: int, overlap: bool) -> Blocks:
-    """For (B * Hkv) `heads` of at most `pages` pages each, on average."""
-    per_program = 2
-    while per_program < 8 and heads * pages > 8192 * per_program:
-        per_program *= 2
-    return Blocks(per_program, 64, 2, 2, overlap)
+    """For (B * Hkv) `heads` of `pages` pages each, on average."""
+    per_program = 1
+    while per_program < 8 and heads * pages > 2048 * per_program:
+        per_program *= 2  # each program costs a partial result
+    return Blocks(per_program, 64, 1, 1, overlap, 128)
 
 
 @triton.constexpr_function
@@ -303,31 +305,35 @@ def _put(
 
 
 @triton.jit
-def _shares(count, row, heads, even, HEADS: tl.constexpr, EVEN: tl.constexpr, PAGES: tl.constexpr):
-    """How many programs each head of a row has, (HEADS,)."""
-    head = tl.arange(0, HEADS)
-    if EVEN:
-        return tl.where(head < heads, tl.cdiv(even, PAGES), 0)
-    return tl.cdiv(tl.load(count + row * heads + head, mask=head < heads, other=0), PAGES)
+def _programs(row_pages, heads, per_program, EVEN: tl.constexpr):
+    """How many programs a tier takes for each row; those that no head needs end at once."""
+    return heads * tl.cdiv(row_pages // heads, per_program) if EVEN else row_pages // per_program + heads
 
 
 @triton.jit
-def _owner(item, count, first, row, heads, even,
-           HEADS: tl.constexpr, EVEN: tl.constexpr, PAGES: tl.constexpr):  # fmt: skip
+def _shares(count, row, heads, per_program, HEADS: tl.constexpr):
+    """How many of them each head of a row has, (HEADS,), where heads differ."""
+    head = tl.arange(0, HEADS)
+    return tl.cdiv(tl.load(count + row * heads + head, mask=head < heads, other=0), per_program)
+
+
+@triton.jit
+def _owner(item, count, first, row, heads, row_pages, per_program, HEADS: tl.constexpr, EVEN: tl.constexpr):
     """Of a tier's program in a row: its head, the page of that head that it begins with, the first page of the head in
     the row, and the pages of the head. A head of `heads` is none."""
     if EVEN:
-        each = tl.cdiv(even, PAGES)
+        pages = row_pages // heads
+        each = tl.cdiv(pages, per_program)
         head = item // each
-        return head, (item % each) * PAGES, head * even, even
-    programs = _shares(count, row, heads, even, HEADS, EVEN, PAGES)
+        return head, (item % each) * per_program, head * pages, pages
+    programs = _shares(count, row, heads, per_program, HEADS)
     last = tl.cumsum(programs, 0)
     head = tl.sum((last <= item).to(tl.int32), 0)
     before = tl.sum(tl.where(tl.arange(0, HEADS) < head, programs, 0), 0)
     there = head < heads
     page = tl.load(first + row * heads + head, mask=there, other=0)
     pages = tl.load(count + row * heads + head, mask=there, other=0)
-    return tl.minimum(head, heads), (item - before) * PAGES, page, pages
+    return tl.minimum(head, heads), (item - before) * per_program, page, pages
 
 
 @triton.jit
@@ -342,14 +348,14 @@ def _used(length, start, row, head, capacity, slb, slh, ssb, ssh, TENSOR: tl.con
     return begin, tl.minimum(end, capacity)
 
 
-@triton.jit(do_not_specialize=["length", "capacity", "splits", "items", "evens", "offsets", "row_pages"])
+@triton.jit(do_not_specialize=_COUNTS)
 def split_kernel(
-    q, part, lse, keys, values, length, start, tiers, evens, offsets, row_pages,
+    q, part, lse, keys, values, length, start, tiers, row_pages,
     sqb, sqh, skb, skh, skn, svb, svh, svn, slb, slh, ssb, ssh,
-    scale, heads, capacity, splits, items,
+    scale, heads, capacity, splits, items, per_program, chunk,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, EVEN: tl.constexpr, TIERS: tl.constexpr,
     GROUPS: tl.constexpr, SCALES: tl.constexpr, SIZE: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, PAGES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, TENSOR: tl.constexpr, HAS_START: tl.constexpr, OVERLAP: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """(items, B) programs: first `splits` a head over the newest slots, then those of each tier from its offset on."""
@@ -361,12 +367,7 @@ def split_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     far = batch.to(tl.int64)
-    # Which head; the tiers' programs find out by themselves.
-    head = item // splits
-    tier = item * 0 - 1
-    for t in tl.static_range(TIERS):
-        if item >= offsets[t]:
-            tier = t
+    head = item // splits  # of the newest slots' programs; the tiers' find theirs
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     zeros = tl.zeros([ROWS], tl.float32)
@@ -374,11 +375,11 @@ def split_kernel(
     acc_rest = total
     if REST > 0:
         acc_rest = tl.zeros([REST, ROWS], tl.float32)
-    if tier < 0:
+    if item < heads * splits:
         begin, end = _used(length, start, batch, head, capacity, slb, slh, ssb, ssh, TENSOR, HAS_START)
-        base = (item % splits) * CHUNK
+        base = (item % splits) * chunk
         begin -= base
-        end = tl.minimum(end - base, CHUNK)
+        end = tl.minimum(end - base, chunk)
         query = q + far * sqb + head.to(tl.int64) * GROUPS * sqh
         one = _query(query, group, real, sqh, 0, FIRST, SIZE)
         two = one
@@ -391,11 +392,13 @@ def split_kernel(
                 one, two, k, v, step + tl.arange(0, BLOCK), begin, end, skn, svn,
                 top, total, zeros, acc, acc_rest, scale, FIRST, REST, SIZE,
             )  # fmt: skip
+    offset = heads * splits
     for t in tl.static_range(TIERS):
-        if tier == t:
+        programs = _programs(row_pages[t], heads, per_program, EVEN[t])
+        if (item >= offset) & (item < offset + programs):
             key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, count, first, empty = tiers[t]
             head, begin_page, first_page, pages = _owner(
-                item - offsets[t], count, first, batch, heads, evens[t], HEADS, EVEN[t], PAGES
+                item - offset, count, first, batch, heads, row_pages[t], per_program, HEADS, EVEN[t]
             )
             if head < heads:
                 query = q + far * sqb + head.to(tl.int64) * GROUPS * sqh
@@ -408,7 +411,7 @@ def split_kernel(
                     if REST > 0:
                         two = two.to(tl.float32) * scale
                 begin = tl.load(empty + batch * heads + head)
-                end_page = tl.minimum(begin_page + PAGES, pages)
+                end_page = tl.minimum(begin_page + per_program, pages)
                 page_of_row = far * row_pages[t] + first_page
                 for page in tl.range(tl.maximum(begin_page, begin // 64), end_page, num_stages=STAGES):
                     at = page_of_row + page
@@ -429,6 +432,7 @@ def split_kernel(
                             row % SCALES, begin - page * 64, top, total, zeros, acc, acc_rest,
                             KEY_BITS[t], VALUE_BITS[t], ROWS, FIRST, REST, SIZE, SCALES, NUMBER, ASM,
                         )  # fmt: skip
+        offset += programs
     if head < heads:
         some = tl.where(total > 0, total, 1.0)
         where = (far * items + item) * GROUPS + group
@@ -459,13 +463,13 @@ def _add_parts(
     return tops, totals, sums
 
 
-@triton.jit(do_not_specialize=["length", "capacity", "splits", "items", "evens", "offsets"])
+@triton.jit(do_not_specialize=_COUNTS)
 def join_kernel(
-    q, part, lse, out, keys, values, new_key, new_value, length, start, counts, evens, offsets,
+    q, part, lse, out, keys, values, new_key, new_value, length, start, counts, row_pages,
     sqb, sqh, skb, skh, skn, svb, svh, svn, slb, slh, ssb, ssh, snkb, snkh, snvb, snvh,
-    scale, heads, capacity, splits, items,
+    scale, heads, capacity, splits, items, per_program, chunk,
     EVEN: tl.constexpr, TIERS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
-    HEADS: tl.constexpr, PAGES: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
+    HEADS: tl.constexpr, PARTS: tl.constexpr,
     TENSOR: tl.constexpr, HAS_START: tl.constexpr, NEW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """(Hq, B) programs: each joins the parts of one query head and a new token, and writes that into its slot."""
@@ -496,21 +500,23 @@ def join_kernel(
     totals = tl.zeros([PARTS], tl.float32)
     sums = tl.zeros([PARTS, WIDE], tl.float32)
     base = far * items
+    offset = heads * splits
     for t in tl.static_range(TIERS):
         if EVEN[t]:
-            each = tl.cdiv(evens[t], PAGES)
-            low = offsets[t] + head * each
+            each = tl.cdiv(row_pages[t] // heads, per_program)
+            low = offset + head * each
             high = low + each
         else:
-            programs = _shares(counts[t], batch, heads, evens[t], HEADS, EVEN[t], PAGES)
+            programs = _shares(counts[t], batch, heads, per_program, HEADS)
             index = tl.arange(0, HEADS)
-            low = offsets[t] + tl.sum(tl.where(index < head, programs, 0), 0)
+            low = offset + tl.sum(tl.where(index < head, programs, 0), 0)
             high = low + tl.sum(tl.where(index == head, programs, 0), 0)
         tops, totals, sums = _add_parts(
             part, lse, low, high, base, group, channel, inside, lane, tops, totals, sums, GROUPS, SIZE, PARTS
         )  # fmt: skip
-    low = head * splits + begin // CHUNK
-    high = head * splits + tl.cdiv(end, CHUNK)
+        offset += _programs(row_pages[t], heads, per_program, EVEN[t])
+    low = head * splits + begin // chunk
+    high = head * splits + tl.cdiv(end, chunk)
     tops, totals, sums = _add_parts(
         part, lse, low, high, base, group, channel, inside, lane, tops, totals, sums, GROUPS, SIZE, PARTS
     )
@@ -551,12 +557,9 @@ def packed_attention(
         blocks = choose(batch * heads, sum(t.row_pages for t in tiers) // heads, overlap)
     splits = max(1, triton.cdiv(capacity, blocks.chunk))
     items = heads * splits
-    offsets = []
-    for tier in tiers:
-        offsets.append(items)
+    for tier in tiers:  # as `_programs`
         each = triton.cdiv(tier.row_pages // heads, blocks.pages)
         items += heads * each if tier.even else tier.row_pages // blocks.pages + heads
-    evens = tuple(tier.row_pages // heads for tier in tiers)
     first, rest = parts(size)
     lengths = (0, 0) if isinstance(length, int) or length.numel() == 1 else length.stride()
     starts = (0, 0) if start is None else start.stride()
@@ -564,16 +567,17 @@ def packed_attention(
     out = torch.empty(batch, query_heads, 1, size, dtype=query.dtype, device=query.device)
     part = torch.empty(batch, items, groups, size, dtype=torch.float32, device=query.device)
     lse = torch.empty(batch, items, groups, dtype=torch.float32, device=query.device)
+    row_pages = tuple(tier.row_pages for tier in tiers)
     strides = (*query.stride()[:2], *keys.stride()[:3], *values.stride()[:3], *lengths, *starts)
-    numbers = (scaling * math.log2(math.e), heads, capacity, splits, items)
+    numbers = (scaling * math.log2(math.e), heads, capacity, splits, items, blocks.pages, blocks.chunk)
     shared = {
         "EVEN": tuple(tier.even for tier in tiers), "TIERS": len(tiers), "GROUPS": groups, "SIZE": size,
-        "HEADS": power_of_two(heads + 1), "PAGES": blocks.pages, "CHUNK": blocks.chunk,
-        "TENSOR": not isinstance(length, int), "HAS_START": start is not None, "OVERLAP": blocks.overlap,
+        "HEADS": power_of_two(heads + 1), "TENSOR": not isinstance(length, int), "HAS_START": start is not None,
+        "OVERLAP": blocks.overlap,
     }  # fmt: skip
     split_kernel[(items, batch)](
-        query, part, lse, keys, values, length, no_start, tuple(map(_arguments, tiers)), evens, tuple(offsets),
-        tuple(tier.row_pages for tier in tiers), *strides, *numbers,
+        query, part, lse, keys, values, length, no_start, tuple(map(_arguments, tiers)), row_pages,
+        *strides, *numbers,
         KEY_BITS=tuple(t.keys.bits for t in tiers), VALUE_BITS=tuple(t.values.bits for t in tiers),
         SCALES=scales, FIRST=first, REST=rest, ROWS=max(8, power_of_two(groups * scales)),
         BLOCK=32, STAGES=blocks.stages, ASM=not INTERPRETED, num_warps=blocks.warps, **shared,
@@ -581,8 +585,8 @@ def packed_attention(
     )  # fmt: skip
     wide = power_of_two(size)
     join_kernel[(query_heads, batch)](
-        query, part, lse, out, keys, values, new_key, new_value, length, no_start, tuple(t.count for t in tiers), evens,
-        tuple(offsets), *strides, *new_key.stride()[:2], *new_value.stride()[:2], *numbers,
+        query, part, lse, out, keys, values, new_key, new_value, length, no_start, tuple(t.count for t in tiers),
+        row_pages, *strides, *new_key.stride()[:2], *new_value.stride()[:2], *numbers,
         WIDE=wide, PARTS=max(4, 4096 // wide // 2), NEW=new is not None, num_warps=4, **shared,
         **({"launch_pdl": True} if blocks.overlap else {}),
     )  # fmt: skip
