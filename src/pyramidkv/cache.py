@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from pyramidkv import saved
 from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.pool import Pool
-from pyramidkv.errors import ConfigError, UnsupportedError
+from pyramidkv.errors import ConfigError, PyramidKVError, UnsupportedError
 from pyramidkv.methods import METHODS
 from pyramidkv.ops.attention import attention
 from pyramidkv.ops.decode_attention import decode_attention, why_naive
@@ -32,6 +32,7 @@ from pyramidkv.ops.select import select
 from pyramidkv.packed import PackedStorage
 from pyramidkv.parallel import first_head
 from pyramidkv.plan import Plan, decoding_limits, levels, limits, ring_size
+from pyramidkv.recovery import Before, reached, remember, undo, undoable
 from pyramidkv.ring import QueryRing
 from pyramidkv.scorers import Observation, Scorer
 from pyramidkv.shape import cache_shape
@@ -91,6 +92,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.scaling = 1.0  # of the logits, as the model last gave it
         self.settled = 0  # columns seen when something was last dropped or packed: `crop` goes back no further
         self.record_past = False  # transformers' word for assisted decoding
+        self.before: Before | None = None  # where this layer was when the newest forward reached it
         self.drafts: int | None = None  # newest tokens of a forward that may be taken back: see `expect_drafts`
 
     # What transformers asks of a layer.
@@ -103,11 +105,13 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
                 "and only a session knows which: call generate() inside `with pyramidkv.compress(model, ...):`"
             )
         if self.storage is None:
+            self.before = remember(self)
             self.start(key_states.shape[0])
             keys, values = key_states, value_states
         elif self._appends(key_states.shape[2]):
             self._check(key_states)
             self.make_room(key_states.shape[2])
+            self.before = remember(self)
             columns = self._columns(key_states.shape[2], key_states.device)
             self.storage.append(key_states, value_states, columns, self._room)
             if isinstance(self.storage, PackedStorage):
@@ -116,6 +120,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
                 keys, values = self.storage.view(key_states.dtype)
         else:
             self._check(key_states)
+            self.before = remember(self)
             past = self.storage.view(key_states.dtype)
             keys = torch.cat([past[0], key_states], dim=2)
             values = torch.cat([past[1], value_states], dim=2)
@@ -142,7 +147,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything; the layer can be used for another prompt."""
         self.storage, self.offset, self.seen, self.settled = None, None, 0, 0
-        self.ring, self.full_at = None, 0
+        self.ring, self.full_at, self.before = None, 0, None
         self.counts, self.held, self.prompts = [], [], []
         self.is_initialized = False
 
@@ -156,6 +161,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
+        self.before = None
         self.storage = self.storage.rows(indices)
         self.ring = None if self.ring is None else self.ring.rows(indices)
         # Where all rows are alike there is no need to read the indices back from the device.
@@ -188,7 +194,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.storage.crop(-tokens_to_remove)
         if self.ring is not None:
             self.ring.drop(-tokens_to_remove)
-        self.full_at = 0
+        self.full_at, self.before = 0, None
         self.seen += tokens_to_remove
         self.counts = [n - m for n, m in zip(self.counts, dropped, strict=True)]
         self.held = [n - m for n, m in zip(self.held, dropped, strict=True)]
@@ -236,13 +242,14 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scaling: float, dropout: float
     ) -> Tensor:
         """A prompt with drafts behind it, as two forwards: the drafts see what the eviction has left of the prompt."""
-        drafts, self.drafts = self.drafts, 0
+        (drafts, self.drafts), before = (self.drafts, 0), self.before
         assert drafts is not None
         end = query.shape[2] - drafts
         old = new.without_last(drafts)
         first = self.attend(query[:, :, :end], key[:, :, :end], value[:, :, :end], old, scaling, dropout)
         self.drafts = drafts
         keys, values = self.update(key[:, :, end:], value[:, :, end:])
+        self.before = before  # both parts are of one forward
         second = self.attend(query[:, :, end:], keys, values, ALL_REAL, scaling, dropout)
         return torch.cat([first, second], dim=2)
 
@@ -520,6 +527,38 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
                 layers.append(SlidingLayer(sliding_window=shape.sliding_window))
         super().__init__(layers=layers)
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen by all layers: a forward that did not finish has added none."""
+        return min(int(layer.get_seq_length()) for layer in self.layers)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """What `layer_idx` attends to, (columns, first column), once a forward that did not finish is undone."""
+        seen = self.get_seq_length()
+        if seen == 0 or isinstance(self.layers[layer_idx], PyramidKVLayer):
+            return seen + query_length, 0
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+    def recover(self) -> None:
+        """Undo a forward that an error has ended in the middle; every forward begins with this.
+
+        Raises `PyramidKVError` if layers have evicted since, so that what they held is gone: `reset()` the cache, or go
+        on with a `fork()` from before.
+        """
+        seen = self.get_seq_length()
+        ours = [layer for layer in self.layers if isinstance(layer, PyramidKVLayer)]
+        sliding = [layer for layer in self.layers if isinstance(layer, SlidingLayer) and layer.get_seq_length() != seen]
+        begun = reached(ours, seen)
+        if (sliding and seen) or not all(undoable(layer, seen) for layer in begun):
+            raise PyramidKVError(
+                "past_key_values: a forward did not finish, and layers have let go of what they held before it; "
+                "reset() the cache, or go on with a fork() made before that forward"
+            )
+        for layer in begun:
+            undo(layer)
+        for layer in sliding:
+            layer.reset()
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Store the new keys and values of a layer and return those to attend to; see `PyramidKVLayer.update`."""
         chosen = getattr(self._model_config, "_attn_implementation", None)
@@ -529,6 +568,8 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
                 f"model.set_attn_implementation({ATTENTION_NAME!r}) first and give the cache model.config itself, or "
                 "use pyramidkv.compress(model, ...)"
             )
+        if layer_idx == 0:
+            self.recover()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -541,6 +582,7 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
         Raises:
             UnsupportedError: something was evicted since then, or a sliding window has let its oldest tokens go.
         """
+        self.recover()
         seen = self.get_seq_length()
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(seen - tokens_to_remove, 0)
         if remove > seen:
@@ -606,6 +648,7 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
             ConfigError: the cache is empty.
             DataError: the file is there already, or can't be written; nothing is left behind.
         """
+        self.recover()
         if self.get_seq_length() == 0:
             raise ConfigError("save: the cache has seen no tokens; run the model with it first")
         saved.write(path, self.layers, self.config, self._model_config, overwrite=overwrite)
@@ -629,6 +672,7 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
         return cache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PyramidKVCache:
+        self.recover()
         memo |= {id(x): x for x in (self._model_config, self.plan, self.config)}  # of the model, not of the cache
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
