@@ -7,6 +7,7 @@ print(session.report())
 
 from pyramidkv.attention import register as _register_attention
 from pyramidkv.cache import PyramidKVCache
+from pyramidkv.chunks import prefill
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import CompressionWarning, ConfigError, DataError, PyramidKVError, UnsupportedError
 from pyramidkv.methods import methods, register
@@ -29,6 +30,7 @@ __all__ = [
     "UnsupportedError",
     "compress",
     "methods",
+    "prefill",
     "register",
     "replace_gptneox",
     "replace_llama",

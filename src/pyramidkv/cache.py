@@ -12,6 +12,7 @@ sequence; what is stored is physical and shorter. Scores, budgets and buffers li
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.held: list[int] = []  # real tokens stored of each row
         self.offset: Tensor | None = None  # (B, 1, 1) int32: what to add to a column for a row's position
         self.pool: Pool | None = None  # where buffers come from; None: from torch
+        self.expected: list[int] = []  # real tokens that each row's prompt will have, if that was told
         self.prompts: list[int] = []  # real tokens seen of each row after the last forward of several
         self.ring: QueryRing | None = None  # queries of decoded tokens, if a bound is set and the scorer looks at them
         self.full_at = 0  # slots at which to think of evicting while decoding; 0: not known yet
@@ -148,7 +150,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget everything; the layer can be used for another prompt."""
         self.storage, self.offset, self.seen, self.settled = None, None, 0, 0
         self.ring, self.full_at, self.before = None, 0, None
-        self.counts, self.held, self.prompts = [], [], []
+        self.counts, self.held, self.prompts, self.expected = [], [], [], []
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -169,6 +171,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.counts, self.held, self.prompts = (
             [numbers[r] for r in rows] for numbers in (self.counts, self.held, self.prompts)
         )
+        self.expected = []
         if self.offset is not None:
             self.offset = self.offset[indices.to(self.offset.device)]
 
@@ -392,7 +395,8 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         positions = self._positions(new, query.shape[2], heads, key.device)
         if self.storage is not None:
             positions = torch.cat([self.storage.positions[:, :, : self.storage.length], positions], dim=2)
-        allowed = limits(self.plan, self.rank, self.counts, itemsize=self._stored_as(key).itemsize)
+        final = [max(pair) for pair in zip(self.counts, self.expected or self.counts, strict=True)]
+        allowed = limits(self.plan, self.rank, final, itemsize=self._stored_as(key).itemsize)
         self.held = [min(n, limit) for n, limit in zip(self.held, allowed, strict=True)]
         width = max(self.held)
         padded = min(self.held) < width
@@ -603,6 +607,17 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
                 )
         for layer in self.layers:
             layer.crop(-remove)
+
+    def expect_prompt(self, tokens: Sequence[int]) -> None:
+        """Say how many real tokens the prompt of each row will have, before its first chunk is fed.
+
+        A share (`keep`, `share`) is then that of the whole prompt from the first chunk on; without, of what has been
+        seen so far, and what an early chunk loses by that does not come back. `budget` and `bytes` do not need it.
+        """
+        self.recover()
+        for layer in self.layers:
+            if isinstance(layer, PyramidKVLayer):
+                layer.expected = list(tokens)
 
     @property
     def records_past(self) -> bool:

@@ -9,10 +9,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
+from pyramidkv.chunks import check_chunk, prefill
 from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.graph import DecodeGraph, why_eager
 from pyramidkv.errors import CompressionWarning, ConfigError, PyramidKVError, UnsupportedError
@@ -95,6 +97,24 @@ class Session:
             raise PyramidKVError("no cache: the model has not run with one since this session was opened")
         return self._cache
 
+    def prefill(self, input_ids: Tensor, *, chunk: int, attention_mask: Tensor | None = None) -> PyramidKVCache:
+        """Feed all but the last token of a prompt in chunks; give the cache, and the whole prompt, to `generate()`.
+
+            cache = session.prefill(**inputs, chunk=2048)
+            model.generate(**inputs, past_key_values=cache)
+
+        Memory depends on the chunk and the budget, not on the prompt. Arguments and errors are those of `prefill`.
+        """
+        if not self.is_open:
+            raise ConfigError("session: is closed; prefill() works inside `with pyramidkv.compress(model, ...)`")
+        check_chunk(chunk, self.config)
+        self._settle()
+        cache = self._make_cache()
+        if input_ids.shape[-1] > 1:
+            shown = None if attention_mask is None else attention_mask[:, :-1]
+            prefill(self.model, input_ids[:, :-1], cache, chunk=chunk, attention_mask=shown)
+        return cache
+
     def report(self) -> CacheUsage:
         """What the newest cache holds (or held, once the session is closed). Raises if there was none."""
         if self._cache is not None:
@@ -135,15 +155,19 @@ class Session:
                 "cache offloading does not work with compression; leave out cache_implementation='offloaded'"
             )
         self._settle()
-        self._cache = PyramidKVCache(self.model.config, self.config)
-        if self._graph is not None:
-            for layer, pool in zip(self._cache.layers, self._graph.pools, strict=True):
-                layer.pool = pool
+        self._cache = self._make_cache()
         self._generates = past is not None
         if past is not None and any(getattr(layer, "record_past", False) for layer in past.layers):
             self._cache.activate_past_recording()  # assisted decoding, and sliding windows to be cropped
         self._cache.expect_drafts(_drafts(self._cache, kwargs) if self._generates else 0)
         return args, {**kwargs, "past_key_values": self._cache}
+
+    def _make_cache(self) -> PyramidKVCache:
+        cache = PyramidKVCache(self.model.config, self.config)
+        if self._graph is not None:
+            for layer, pool in zip(cache.layers, self._graph.pools, strict=True):
+                layer.pool = pool
+        return cache
 
     def _make_graph(self) -> DecodeGraph | None:
         """What decodes, as `config.decode` asks; None: the model's own forward."""

@@ -1,0 +1,81 @@
+"""A prompt fed in chunks, each layer back at its budget after each: memory for chunk and budget, not for the prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyramidkv.cache import PyramidKVCache
+from pyramidkv.config import CompressionConfig
+from pyramidkv.errors import ConfigError
+from pyramidkv.methods import METHODS
+
+
+def prefill(
+    model: Any, input_ids: Tensor, cache: PyramidKVCache, *, chunk: int, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Feed a prompt to an empty cache in chunks; returns the logits (B, V) of its last token.
+
+    The cache is told how long the prompt is, so a share of it is that of the whole prompt from the first chunk on. The
+    chunks are as even as can be, so that the last, whose queries decide last, is not a mere remainder.
+
+    Args:
+        model: a causal language model under the "pyramidkv" attention.
+        input_ids: (B, T), padded on the left.
+        cache: an empty `PyramidKVCache` of the model.
+        chunk: tokens fed at once, at most; at least the observation window.
+        attention_mask: (B, T), 0 for padding; None: no padding.
+
+    Raises:
+        ConfigError: `chunk` or a shape is not what is allowed, or the cache has seen tokens; nothing was fed.
+    """
+    check_chunk(chunk, cache.config)
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise ConfigError(f"input_ids has shape {tuple(input_ids.shape)}: it must be (batch, tokens), with a token")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ConfigError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: it must be that of input_ids, "
+            f"{tuple(input_ids.shape)}"
+        )
+    if cache.get_seq_length() > 0:
+        raise ConfigError(
+            f"cache has seen {cache.get_seq_length()} tokens: prefill() begins a context; feed another turn to the "
+            "model itself, or reset() the cache"
+        )
+    tokens = input_ids.shape[1]
+    if attention_mask is None:
+        counts, positions = [tokens] * len(input_ids), None
+    else:
+        counts = attention_mask.sum(1).tolist()
+        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    cache.expect_prompt(counts)
+    start = 0
+    for size in even_sizes(tokens, chunk):
+        part = slice(start, start + size)
+        inputs = {} if attention_mask is None else {"attention_mask": attention_mask[:, : part.stop]}
+        if positions is not None:
+            inputs["position_ids"] = positions[:, part]
+        with torch.no_grad():
+            out = model(input_ids[:, part], past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
+        start += size
+    logits: Tensor = out.logits[:, -1]
+    return logits
+
+
+def even_sizes(tokens: int, chunk: int) -> list[int]:
+    """Sizes of the fewest chunks of at most `chunk` tokens, all as large as each other, or one token larger."""
+    number = -(-tokens // chunk)
+    return [tokens // number + (i < tokens % number) for i in range(number)]
+
+
+def check_chunk(chunk: int, config: CompressionConfig) -> None:
+    """Raise `ConfigError` for a chunk that shows a scorer less than its window. A method's own window is "up to"."""
+    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
+        raise ConfigError(f"chunk={chunk!r}: must be a whole number of tokens, at least 1")
+    own = config.window == METHODS[config.method].window
+    least = config.floor if own else max(config.window, config.floor)
+    if config.method != "full" and chunk < least:
+        why = f"the {config.recent} newest, which are kept, and one more" if own else f"window={config.window}"
+        raise ConfigError(f"chunk={chunk}: must be at least {least} tokens ({why})")

@@ -1,0 +1,179 @@
+"""A prompt in chunks: against the plain model, against forwards by hand, and never more slots than budget + chunk."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyramidkv
+from families import model, padded_batch
+from pyramidkv import ConfigError, PyramidKVCache
+from pyramidkv.cache import PyramidKVLayer
+from pyramidkv.chunks import even_sizes
+from pyramidkv.models.source import load_model
+
+NEOX, LLAMA, GEMMA = "gpt_neox-2-2-80", "llama-4-2-32", "gemma3-4-2-32"
+LENGTHS = (90, 31, 66)
+
+
+def cache_for(plain, **options):
+    plain.set_attn_implementation("pyramidkv")
+    return PyramidKVCache(plain.config, **{"window": 4, **options})
+
+
+@pytest.mark.parametrize("name", [NEOX, LLAMA, GEMMA])
+def test_when_nothing_is_evicted_the_logits_are_the_plain_models(name):
+    plain = model(name)
+    ids, mask, positions = padded_batch(LENGTHS)
+    with torch.no_grad():
+        expected = plain(ids, attention_mask=mask, position_ids=positions).logits[:, -1]
+    for chunk in (90, 37, 8):
+        cache = cache_for(plain, budget=300)
+        got = pyramidkv.prefill(plain, ids, cache, chunk=chunk, attention_mask=mask)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+        assert cache.get_seq_length() == 90
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("amount", [{"budget": 14}, {"bytes": "2MB"}, {"budget": 40, "bits": 4}], ids=str)
+@pytest.mark.parametrize("name", [NEOX, GEMMA])
+def test_chunks_are_forwards_one_after_another(name, amount):
+    plain = model(name)
+    ids, mask, positions = padded_batch(LENGTHS)
+    by_hand, fed = (cache_for(plain, method="snapkv", **amount) for _ in range(2))
+    for part in (slice(0, 30), slice(30, 60), slice(60, 90)):
+        inputs = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part]}
+        expected = plain(ids[:, part], past_key_values=by_hand, **inputs).logits[:, -1]
+    got = pyramidkv.prefill(plain, ids, fed, chunk=32, attention_mask=mask)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert str(fed.report()) == str(by_hand.report())
+
+
+@pytest.mark.parametrize("amount", [{"keep": 0.25}, {"share": 0.5}], ids=str)
+def test_a_share_is_that_of_the_whole_prompt_from_the_first_chunk_on(amount, monkeypatch):
+    plain = model(LLAMA)
+    ids, mask, _ = padded_batch((120, 80, 40))
+    cache = cache_for(plain, method="snapkv", room=1, **amount)
+    held = []
+    evict = PyramidKVLayer._evict
+    monkeypatch.setattr(PyramidKVLayer, "_evict", lambda layer, *a: (evict(layer, *a), held.append(layer.held))[0])
+    pyramidkv.prefill(plain, ids, cache, chunk=30, attention_mask=mask)
+    final = [cache.plan.budgets(n, batch=3, itemsize=4)[0] for n in (120, 80, 40)]
+    for seen, rows in zip((30, 60, 90, 120), held[::3], strict=True):
+        assert rows == [min(max(seen - pad, 0), limit) for pad, limit in zip((0, 40, 80), final, strict=True)]
+    one_shot = cache_for(plain, method="snapkv", room=1, **amount)
+    pyramidkv.prefill(plain, ids, one_shot, chunk=120, attention_mask=mask)
+    assert cache.report().kv_bytes == one_shot.report().kv_bytes
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_no_forward_sees_more_than_budget_and_chunk(bits, monkeypatch):
+    plain = model(LLAMA)
+    ids = padded_batch((480,))[0]
+    most = []
+    attend = PyramidKVLayer.attend
+
+    def watched(layer, query, key, *rest):
+        most.append(key.shape[2])
+        return attend(layer, query, key, *rest)
+
+    monkeypatch.setattr(PyramidKVLayer, "attend", watched)
+    pyramidkv.prefill(plain, ids, cache_for(plain, method="rms", budget=40, recent=8, bits=bits), chunk=40)
+    assert max(most) <= 40 + 40 + (64 if bits < 16 else 0)  # packing rounds up to pages
+
+
+@pytest.mark.parametrize("name", [LLAMA, GEMMA])
+def test_a_session_feeds_chunks_and_generate_goes_on(name):
+    plain = model(name)
+    ids, mask, positions = padded_batch(LENGTHS)
+    arguments = {"input_ids": ids, "attention_mask": mask}
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with pyramidkv.compress(plain, keep=0.4, window=4) as session:
+        cache = session.prefill(**arguments, chunk=30)
+        assert cache.get_seq_length() == 89
+        out = plain.generate(**arguments, past_key_values=cache, **options)
+        assert session.cache is cache
+        assert session.report().evicted
+        alone = session.prefill(ids[:1, -1:], chunk=30)
+        assert alone.get_seq_length() == 0
+    by_hand = cache_for(plain, keep=0.4)
+    pyramidkv.prefill(plain, ids[:, :-1], by_hand, chunk=30, attention_mask=mask[:, :-1])
+    expected = []
+    token, at = ids[:, -1:], positions[:, -1:]
+    with torch.no_grad():
+        for _ in range(6):
+            token = plain(token, position_ids=at, past_key_values=by_hand).logits[:, -1].argmax(-1, keepdim=True)
+            expected.append(token)
+            at = at + 1
+    assert torch.equal(out[:, 90:], torch.cat(expected, 1))
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(1, 5), (5, 5), (6, 5), (4099, 1024), (4096, 1024)])
+def test_chunks_are_even(tokens, chunk):
+    sizes = even_sizes(tokens, chunk)
+    assert sum(sizes) == tokens
+    assert len(sizes) == -(-tokens // chunk)
+    assert max(sizes) <= chunk
+    assert max(sizes) - min(sizes) <= 1
+
+
+IDS = padded_batch((40,))[0]
+BAD = [
+    ({"chunk": 0}, {}, "chunk=0: must be a whole number of tokens, at least 1"),
+    ({"chunk": 2.5}, {}, r"chunk=2\.5: must be a whole number"),
+    ({"chunk": 8}, {"window": 9}, r"chunk=8: must be at least 10 tokens \(window=9\)"),
+    ({"chunk": 20}, {"window": None, "budget": 64}, r"chunk=20: must be at least 33 tokens \(the 32 newest"),
+    ({"chunk": 20, "attention_mask": torch.ones(1, 39)}, {}, r"attention_mask has shape \(1, 39\): .*\(1, 40\)"),
+    ({"chunk": 20, "input_ids": IDS[0]}, {}, r"input_ids has shape \(40,\): it must be \(batch, tokens\)"),
+    ({"chunk": 20, "input_ids": IDS[:, :0]}, {}, r"input_ids has shape \(1, 0\)"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "message"), BAD, ids=lambda x: str(x)[:30])
+def test_bad_input(arguments, options, message):
+    plain = model(LLAMA)
+    cache = cache_for(plain, **{"budget": 14, **options})
+    with pytest.raises(ConfigError, match=message):
+        pyramidkv.prefill(plain, **{"input_ids": IDS, "cache": cache, **arguments})
+    assert cache.get_seq_length() == 0
+
+
+def test_a_chunk_may_be_smaller_than_a_methods_own_wide_window():
+    plain = model(LLAMA)
+    cache = cache_for(plain, method="rms", budget=34, window=None)
+    pyramidkv.prefill(plain, padded_batch((90,))[0], cache, chunk=40)
+    assert cache.report().evicted
+
+
+def test_a_cache_that_has_seen_tokens_and_a_closed_session():
+    plain = model(LLAMA)
+    cache = cache_for(plain, budget=14)
+    pyramidkv.prefill(plain, IDS, cache, chunk=20)
+    with pytest.raises(ConfigError, match="cache has seen 40 tokens"):
+        pyramidkv.prefill(plain, IDS, cache, chunk=20)
+    plain = model(LLAMA)
+    with pytest.raises(ConfigError, match="session: is closed"):
+        pyramidkv.compress(plain, budget=14, window=4).prefill(IDS, chunk=20)
+
+
+def test_chunks_of_generate_itself():
+    """`generate(prefill_chunk_size=...)` evicts after each chunk, by a share of what has been seen so far."""
+    plain = model(LLAMA)
+    ids = padded_batch((90,))[0]
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    with pyramidkv.compress(plain, method="snapkv", keep=0.5, window=4) as session:
+        plain.generate(ids, prefill_chunk_size=30, **options)
+        assert {layer.kept_tokens for layer in session.report().layers} == {45 + 1}
+
+
+def test_the_snippets_of_the_documentation_run(monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "long.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(snippets) == 2
+    loaded = load_model("neox-16m")
+    inputs = dict(loaded.tokenizer("The for statement is used to loop. " * 60, return_tensors="pt"))
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    names = {"pyramidkv": pyramidkv, "model": loaded.model, "inputs": inputs}
+    for snippet in snippets:
+        exec(compile(snippet.replace("100_000", "4"), "docs/long.md", "exec"), names)
