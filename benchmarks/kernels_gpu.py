@@ -266,13 +266,15 @@ def scores_sweep(model: str, keys: int, window: int, seconds: float) -> dict[str
     for options in SWEEP_LSE[window]:
         if elapsed() < seconds:
             plan = scores.Blocks(*options)
-            found[f"lse {options}"] = microseconds([lambda s=s, p=plan: scores.log_sum_exp(*s, None, p) for s in sets])
+            found[f"lse {options}"] = microseconds(
+                [lambda s=s, p=plan: scores.log_sum_exp(*s, None, blocks=p) for s in sets]
+            )
     for options in SWEEP_SUM[window]:
         if elapsed() < seconds:
             plan = scores.Blocks(*options)
             found[f"sum {options}"] = microseconds(
                 [
-                    lambda s=s, x=x, p=plan: scores.probability_sums(*s, x, None, 1, False, p)
+                    lambda s=s, x=x, p=plan: scores.probability_sums(*s, x, None, 1, False, blocks=p)
                     for s, x in zip(sets, lse, strict=True)
                 ]
             )

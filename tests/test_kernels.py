@@ -135,6 +135,35 @@ def exact_scores(query, key, scaling, valid, power, per_visible):
     return (total / terms.clamp(min=1)) ** (1 / power)
 
 
+def behind_case(shape, dtype, kind, device="cpu"):
+    """Queries that come from behind the sequence, their keys, which keys are real and which queries count."""
+    batch, heads, _, size, queries, _ = shape
+    _, key, valid = scores_case(shape, dtype, kind, device)
+    query = random(batch, queries + 1, heads, size, seed=5, dtype=dtype, device=device)[:, 1:].transpose(1, 2)
+    if kind == "none":
+        return query, key, valid, None
+    asking = (torch.arange(queries) % 5 != 3).repeat(batch, 1)
+    asking[-1, : queries // 2] = False
+    asking = asking.to(device)
+    return query.masked_fill(~asking[:, None, :, None], float("nan")), key, valid, asking
+
+
+def exact_behind(query, key, scaling, valid, asking, power):
+    """The definition by one loop over the queries, float64."""
+    batch, heads, queries, _ = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    key = key.double().repeat_interleave(heads // kv_heads, 1)
+    real = torch.ones(batch, keys, dtype=torch.bool) if valid is None else valid
+    asking = torch.ones(batch, queries, dtype=torch.bool) if asking is None else asking
+    total = torch.zeros(batch, heads, keys, dtype=torch.float64)
+    for i in range(queries):
+        logit = torch.einsum("bhd,bhkd->bhk", query[:, :, i].double(), key) * scaling
+        share = logit.masked_fill(~real[:, None], float("-inf")).softmax(-1)
+        total += torch.where(asking[:, i, None, None], share, 0.0) ** power
+    total = total.unflatten(1, (kv_heads, -1)).sum(2) / (heads // kv_heads)
+    return (total / asking.sum(1).clamp(min=1)[:, None, None]) ** (1 / power)
+
+
 def exact_decode(query, keys, values, used, scaling):
     """The definition by loops over rows and heads, float64."""
     batch, heads, _, size = query.shape
@@ -158,6 +187,15 @@ def test_window_scores_are_their_definition(shape, kind, power, per_visible):
     expected = exact_scores(query, key, 0.2, valid, power, per_visible)
     assert got.dtype == torch.float32 and got.shape == expected.shape
     assert distance(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("shape", SCORES)
+@pytest.mark.parametrize("kind", ["none", "padding", "holes"])
+@pytest.mark.parametrize("power", [1, 2])
+def test_window_scores_from_behind_are_their_definition(shape, kind, power):
+    query, key, valid, asking = behind_case(shape, torch.float32, kind)
+    got = window_scores(query, key, 0.2, valid, power=power, per_visible=True, behind=True, asking=asking)
+    assert distance(got, exact_behind(query, key, 0.2, valid, asking, power)) < 1e-5
 
 
 @pytest.mark.parametrize("shape", DECODE)
@@ -249,6 +287,20 @@ def test_interpreted_window_scores_in_half_precision(split):
 
 
 @interpreted
+@pytest.mark.parametrize("shape", SCORES)
+@pytest.mark.parametrize("kind", ["none", "padding", "holes", "asking"])
+def test_interpreted_window_scores_from_behind(shape, kind):
+    from pyramidkv.ops.window_scores import triton
+
+    query, key, valid, asking = behind_case(shape, torch.float32, "holes" if kind == "asking" else kind)
+    if kind == "asking":
+        key, valid = key.nan_to_num(), None
+    options = {"power": 2, "behind": True, "asking": asking}
+    got = triton.window_scores(query, key, 0.2, valid, **options)
+    assert distance(got, scores_naive.window_scores(query, key, 0.2, valid, **options)) < 1e-5
+
+
+@interpreted
 @pytest.mark.parametrize("shape", DECODE)
 @pytest.mark.parametrize("kind", ["number", "one", "each", "none"])
 @pytest.mark.parametrize("fresh", [False, True])
@@ -301,6 +353,19 @@ def test_gpu_window_scores(dtype, kind, heads, window):
     expected = scores_naive.window_scores(
         query.float(), key.float(), heads[2] ** -0.5, valid, power=2, per_visible=True
     )
+    assert distance(got, expected) < ERROR[dtype]
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["none", "holes"])
+@pytest.mark.parametrize("heads", [(32, 32, 80), (32, 8, 128), (4, 1, 256)])
+@pytest.mark.parametrize("queries", [33, 512])
+def test_gpu_window_scores_from_behind(dtype, kind, heads, queries):
+    query, key, valid, asking = behind_case((1, *heads, queries, 3001), dtype, kind, "cuda")
+    options = {"power": 2, "behind": True, "asking": asking}
+    got = window_scores(query, key, heads[2] ** -0.5, valid, **options)
+    expected = scores_naive.window_scores(query.float(), key.float(), heads[2] ** -0.5, valid, **options)
     assert distance(got, expected) < ERROR[dtype]
 
 

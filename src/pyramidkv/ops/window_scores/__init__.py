@@ -19,16 +19,19 @@ def window_scores(
     *,
     power: int = 1,
     per_visible: bool = False,
+    behind: bool = False,
+    asking: Tensor | None = None,
 ) -> Tensor:
     """Power mean of the attention probability that the last queries of a sequence give to each key.
 
     The definition, arguments and result are those of `naive.window_scores`: (B, Hq, W, D) queries and (B, Hkv, K, D)
     keys give (B, Hkv, K) float32. The kernel multiplies in the dtype of its inputs and adds in float32.
     """
+    kind = {"power": power, "per_visible": per_visible, "behind": behind, "asking": asking}
     served = scaling > 0 and power in (1, 2) and query.dtype == key.dtype and kernels.why_naive(query) is None
     if served:
         from pyramidkv.ops.window_scores import triton
 
         with kernels.on(query.device):
-            return triton.window_scores(query, key, scaling, valid, power=power, per_visible=per_visible)
-    return naive.window_scores(query, key, scaling, valid, power=power, per_visible=per_visible)
+            return triton.window_scores(query, key, scaling, valid, **kind)
+    return naive.window_scores(query, key, scaling, valid, **kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _BLOCK = 256
 
@@ -16,6 +17,8 @@ def window_scores(
     *,
     power: int = 1,
     per_visible: bool = False,
+    behind: bool = False,
+    asking: Tensor | None = None,
 ) -> Tensor:
     """Power mean of the attention probability that the last queries of a sequence give to each key.
 
@@ -31,6 +34,8 @@ def window_scores(
         power: 1 for the mean, 2 for the root mean square.
         per_visible: let n(j) count only the queries that can see key j, so that the newest keys, which few queries can
             see, are not scored lower for it. False: n(j) is the number of queries for all keys.
+        behind: the queries are not those of the last tokens: they lie behind the sequence, and each sees every key.
+        asking: (B, W) bool, with `behind`: False for queries that do not count; None: all do.
 
     Returns:
         (B, Hkv, K) float32.
@@ -44,27 +49,35 @@ def window_scores(
     total = torch.zeros(batch, kv_heads, keys, dtype=torch.float32, device=key.device)
     for start in range(0, window, _BLOCK):
         block = grouped[..., start : start + _BLOCK, :]
-        row = keys - window + start + torch.arange(block.shape[-2], device=key.device)
+        row = keys - window * (not behind) + start + torch.arange(block.shape[-2], device=key.device)
         seen = column <= row[:, None]  # (W, K)
         if valid is not None:
             seen = seen & valid[:, None, None, None, :]
         # Scaled before the product: float16 ends at 65504, which raw products of large keys can pass.
         logits = ((block * scaling) @ wide_key).float()
         probability = logits.masked_fill(~seen, float("-inf")).softmax(-1)  # (B, Hkv, G, W, K)
-        if valid is not None:
-            counted = valid[:, None, None, row, None]  # padding queries see nothing: their softmax is NaN
-            probability = torch.where(counted, probability, 0.0)
+        counted = askers(valid, window, behind, asking)
+        if counted is not None:  # padding queries see nothing: their softmax is NaN
+            counts = counted[:, None, None, start : start + block.shape[-2], None]
+            probability = torch.where(counts, probability, 0.0)
         total += probability.pow(power).sum((2, 3))
-    mean = total / (groups * terms(valid, keys, window, per_visible, key.device))
+    counted = askers(valid, window, behind, asking)
+    mean = total / (groups * terms(counted, keys, window, per_visible and not behind, key.device))
     return mean if power == 1 else mean.pow(1 / power)
 
 
-def terms(valid: Tensor | None, keys: int, window: int, per_visible: bool, device: torch.device) -> Tensor:
+def askers(valid: Tensor | None, window: int, behind: bool, asking: Tensor | None) -> Tensor | None:
+    """(B, W) bool: which queries count; None: all of them."""
+    if behind:
+        return asking
+    return None if valid is None else valid[:, valid.shape[1] - window :]
+
+
+def terms(asking: Tensor | None, keys: int, window: int, per_visible: bool, device: torch.device) -> Tensor:
     """How many queries each key's sum runs over, broadcastable to (B, Hkv, K); at least 1."""
-    if valid is None:
+    if asking is None:
         counted = torch.full((1, 1, keys), window, device=device)
         return counted.minimum(keys - torch.arange(keys, device=device)) if per_visible else counted
-    asking = valid.clone()
-    asking[:, : keys - window] = False
-    after = asking.flip(-1).cumsum(-1).flip(-1)  # queries at or behind each key
+    after = pad(asking, (keys - window, 0)) if per_visible else asking
+    after = after.flip(-1).cumsum(-1).flip(-1)  # queries at or behind each key
     return (after if per_visible else after[:, :1])[:, None].clamp(min=1)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyramidkv.ops.kernels import dense, parts, power_of_two
-from pyramidkv.ops.window_scores.naive import terms
+from pyramidkv.ops.window_scores.naive import askers, terms
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _lse_step(
 
 @triton.jit
 def lse_kernel(
-    q, k, valid, out, sqb, sqh, sqw, skb, skh, skn, svb, scale, window, keys, kv_heads, groups, span,
+    q, k, valid, asking, out, sqb, sqh, sqw, skb, skh, skn, svb, sab, scale, window, keys, past, kv_heads, groups, span,
     SIZE: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PACK: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
@@ -161,15 +161,15 @@ def lse_kernel(
     k += batch * skb + kv_head * skh
     valid += batch * svb
     query, query_rest = _tile(q, offset, ok, FIRST, REST, SIZE)
-    past = keys - window
     if PACK:
         lowest, highest = 0, window - 1
     else:
         lowest = tile * ROWS
         highest = tl.minimum(lowest + ROWS, window) - 1
     begin = split * span
-    end = tl.minimum(begin + span, past + highest + 1)
-    whole = tl.maximum(tl.minimum((past + lowest + 1) // KEYS * KEYS, end), begin)  # blocks that every row sees whole
+    end = tl.minimum(begin + span, tl.minimum(past + highest + 1, keys))
+    common = tl.minimum(past + lowest + 1, keys)  # keys that every row sees
+    whole = tl.maximum(tl.minimum(common // KEYS * KEYS, end), begin)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for block in range(begin, whole, KEYS):
@@ -184,7 +184,7 @@ def lse_kernel(
         )  # fmt: skip
     lse = tl.where(total > 0, top * scale + tl.log2(total), float("-inf"))
     if HAS_VALID:  # padding asks nothing
-        asks = tl.load(valid + past + step, mask=ok, other=0) != 0
+        asks = tl.load(asking + batch * sab + step, mask=ok, other=0) != 0
         lse = tl.where(asks, lse, float("-inf"))
     heads = tl.num_programs(2).to(tl.int64)
     tl.store(out + (split * heads + head) * groups * window + row, lse, mask=ok)
@@ -225,7 +225,7 @@ def _sum_step(
 
 @triton.jit
 def sum_kernel(
-    q, k, valid, lse, out, sqb, sqh, sqw, skb, skh, skn, svb, scale, window, keys, kv_heads, groups,
+    q, k, valid, lse, out, sqb, sqh, sqw, skb, skh, skn, svb, scale, window, keys, past, kv_heads, groups,
     POWER: tl.constexpr, PER_VISIBLE: tl.constexpr,
     SIZE: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PACK: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -242,7 +242,6 @@ def sum_kernel(
     key, key_rest = _tile(
         k + tl.full([], 1, tl.int64) * block * skn, tl.arange(0, KEYS) * skn, there, FIRST, REST, SIZE
     )
-    past = keys - window
     reach = block + KEYS - 1 - past  # the first query that sees the whole block
     if PACK:
         heads = 1
@@ -287,25 +286,44 @@ def window_scores(
     *,
     power: int = 1,
     per_visible: bool = False,
+    behind: bool = False,
+    asking: Tensor | None = None,
 ) -> Tensor:
     """As `naive.window_scores`: (B, Hq, W, D) queries, (B, Hkv, K, D) keys; (B, Hkv, K) float32.
 
     `scaling` must be positive and `power` 1 or 2. Any strides do, as long as the channels lie side by side.
     """
     query, key = dense(query), dense(key)
-    mask = None if valid is None else valid.contiguous().view(torch.uint8)
-    lse = log_sum_exp(query, key, scaling, mask)
-    out = probability_sums(query, key, scaling, lse, mask, power, per_visible)
-    if valid is not None:
-        out /= query.shape[1] // key.shape[1] * terms(valid, key.shape[2], query.shape[2], per_visible, key.device)
+    window, keys = query.shape[2], key.shape[2]
+    counted = askers(valid, window, behind, asking)
+    if counted is not None and valid is None:
+        valid = counted.new_ones(key.shape[0], keys)
+    if valid is not None and counted is None:
+        counted = valid.new_ones(key.shape[0], window)
+    per_visible = per_visible and not behind
+    masks = None
+    if valid is not None and counted is not None:
+        masks = valid.contiguous().view(torch.uint8), counted.contiguous().view(torch.uint8)
+    lse = log_sum_exp(query, key, scaling, masks, behind)
+    out = probability_sums(query, key, scaling, lse, masks, power, per_visible, behind)
+    if masks is not None:
+        out /= query.shape[1] // key.shape[1] * terms(counted, keys, window, per_visible, key.device)
         out = out.sqrt_() if power == 2 else out
     return out
 
 
 def log_sum_exp(
-    query: Tensor, key: Tensor, scaling: float, valid: Tensor | None, blocks: Blocks | None = None
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    masks: tuple[Tensor, Tensor] | None,
+    behind: bool = False,
+    blocks: Blocks | None = None,
 ) -> Tensor:
-    """Pass 1: the log2-sum-exp of each query's logits, (B, Hq, W) float32; -inf for padding. `valid` is uint8."""
+    """Pass 1: the log2-sum-exp of each query's logits, (B, Hq, W) float32; -inf for padding.
+
+    `masks`, uint8: which keys are real, (B, K), and which queries count, (B, W).
+    """
     batch, heads, window, size = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     groups = heads // kv_heads
@@ -319,11 +337,11 @@ def log_sum_exp(
     part = torch.empty(splits, batch, heads, window, dtype=torch.float32, device=key.device)
     first, rest = parts(size)
     lse_kernel[(tiles, splits, batch * kv_heads)](
-        query, key, key if valid is None else valid, part,
-        *query.stride()[:3], *key.stride()[:3], keys, scaling * math.log2(math.e),
-        window, keys, kv_heads, groups, span,
+        query, key, key if masks is None else masks[0], key if masks is None else masks[1], part,
+        *query.stride()[:3], *key.stride()[:3], keys, window, scaling * math.log2(math.e),
+        window, keys, keys if behind else keys - window, kv_heads, groups, span,
         SIZE=size, FIRST=first, REST=rest, ROWS=blocks.rows, KEYS=blocks.keys,
-        PACK=pack, HAS_VALID=valid is not None, **blocks.options(),
+        PACK=pack, HAS_VALID=masks is not None, **blocks.options(),
     )  # fmt: skip
     if splits == 1:
         return part[0]
@@ -339,12 +357,13 @@ def probability_sums(
     key: Tensor,
     scaling: float,
     lse: Tensor,
-    valid: Tensor | None,
+    masks: tuple[Tensor, Tensor] | None,
     power: int,
     per_visible: bool,
+    behind: bool = False,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """Pass 2: the power means, (B, Hkv, K) float32; with `valid` (uint8) the bare sums of powers."""
+    """Pass 2: the power means, (B, Hkv, K) float32; with `masks` the bare sums of powers."""
     batch, heads, window, size = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     groups = heads // kv_heads
@@ -352,12 +371,12 @@ def probability_sums(
     out = torch.empty(batch, kv_heads, keys, dtype=torch.float32, device=key.device)
     first, rest = parts(size)
     sum_kernel[(triton.cdiv(keys, blocks.keys), batch * kv_heads)](
-        query, key, key if valid is None else valid, lse, out,
+        query, key, key if masks is None else masks[0], lse, out,
         *query.stride()[:3], *key.stride()[:3], keys, scaling * math.log2(math.e),
-        window, keys, kv_heads, groups,
+        window, keys, keys if behind else keys - window, kv_heads, groups,
         POWER=power, PER_VISIBLE=per_visible,
         SIZE=size, FIRST=first, REST=rest, ROWS=blocks.rows, KEYS=blocks.keys,
-        PACK=window < blocks.rows, HAS_VALID=valid is not None, **blocks.options(),
+        PACK=window < blocks.rows, HAS_VALID=masks is not None, **blocks.options(),
     )  # fmt: skip
     return out
 
