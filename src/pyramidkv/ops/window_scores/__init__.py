@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from pyramidkv.ops import kernels
@@ -27,7 +29,7 @@ def window_scores(
     The definition, arguments and result are those of `naive.window_scores`: (B, Hq, W, D) queries and (B, Hkv, K, D)
     keys give (B, Hkv, K) float32. The kernel multiplies in the dtype of its inputs and adds in float32.
     """
-    kind = {"power": power, "per_visible": per_visible, "behind": behind, "asking": asking}
+    kind: dict[str, Any] = {"power": power, "per_visible": per_visible, "behind": behind, "asking": asking}
     served = scaling > 0 and power in (1, 2) and query.dtype == key.dtype and kernels.why_naive(query) is None
     if served:
         from pyramidkv.ops.window_scores import triton
