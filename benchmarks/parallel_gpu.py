@@ -122,15 +122,15 @@ def fill(model: Any, device: torch.device, spread: float) -> None:
         del full
 
 
-def engines(device: torch.device, static: bool, split: bool) -> list[speed.Engine]:
+def engines(device: torch.device, options: argparse.Namespace, split: bool) -> list[speed.Engine]:
     chosen = [speed.Engine("DynamicCache", cudnn=False)]
-    if device.type == "cuda":
+    if options.cudnn:
         chosen.append(speed.Engine("DynamicCache, cuDNN allowed"))
     chosen.append(speed.Engine(f"pyramidkv, {COMPRESSED.describe()}", COMPRESSED, cudnn=False))
     if device.type == "cuda" and not split:  # over several ranks, decoding is not captured
         graph = dataclasses.replace(COMPRESSED, decode="graph")
         chosen.append(speed.Engine(f"pyramidkv, {graph.describe()}", graph, cudnn=False))
-    if static:  # last: it may take minutes, or fail
+    if options.static:  # last: it may take minutes, or fail
         chosen.append(speed.Engine("StaticCache, compiled", cache_implementation="static", cudnn=False))
     return chosen
 
@@ -162,7 +162,7 @@ def gathered(value: Any, split: bool) -> list[Any]:
 def measure(model: Any, shape: str, ids: Tensor, split: bool, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each engine; an engine that fails gives a row with its error."""
     rows = []
-    for engine in engines(ids.device, options.static, split):
+    for engine in engines(ids.device, options, split):
         row: dict[str, Any] = {
             "shape": shape,
             "layers": model.config.num_hidden_layers,
@@ -257,6 +257,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--static", action="store_true", help="also StaticCache with the compiled step: minutes")
+    parser.add_argument("--cudnn", action="store_true", help="also DynamicCache with cuDNN attention, which plans anew")
     parser.add_argument("--seconds", type=float, default=480, help="begin no other model after this time")
     options = parser.parse_args()
     # The ranks that wait for rank 0 to measure alone must not give up.

@@ -549,7 +549,9 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
         Raises `PyramidKVError` if layers have evicted since, so that what they held is gone: `reset()` the cache, or go
         on with a `fork()` from before.
         """
-        seen = self.get_seq_length()
+        seen, first = self.get_seq_length(), self.layers[0]
+        if first.get_seq_length() == seen and (isinstance(first, SlidingLayer) or not reached([first], seen)):
+            return  # every forward comes to the first layer first
         ours = [layer for layer in self.layers if isinstance(layer, PyramidKVLayer)]
         sliding = [layer for layer in self.layers if isinstance(layer, SlidingLayer) and layer.get_seq_length() != seen]
         begun = reached(ours, seen)
@@ -558,7 +560,7 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
                 "past_key_values: a forward did not finish, and layers have let go of what they held before it; "
                 "reset() the cache, or go on with a fork() made before that forward"
             )
-        for layer in begun:
+        for layer in reversed(begun):  # the first layer last: until then, this is not done
             undo(layer)
         for layer in sliding:
             layer.reset()

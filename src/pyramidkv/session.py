@@ -195,6 +195,7 @@ class Session:
                 and not self.model.training
                 and _plain_step(kwargs)
             ):
+                cache.recover()
                 logits = self._graph.step(cache, kwargs["input_ids"], kwargs.get("position_ids"))
                 if logits is not None:
                     out = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
