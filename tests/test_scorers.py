@@ -7,17 +7,19 @@ import pyramidkv
 from families import model, padded_batch
 from pyramidkv.config import CompressionConfig
 from pyramidkv.methods import METHODS
+from pyramidkv.rotary import Rotary
 from pyramidkv.scorers import Observation
 
 KEYS = 10
 
 
-def observation(query=None, key=None, valid=None, positions=None, layer=0):
+def observation(query=None, key=None, valid=None, positions=None, layer=0, frequencies=()):
     key = torch.zeros(1, 1, KEYS, 2) if key is None else key
     query = torch.zeros(1, 1, KEYS, 2) if query is None else query
     if positions is None:
         positions = torch.arange(key.shape[2], dtype=torch.int32).expand(*key.shape[:3])
-    return Observation(query, key, key, 1.0, valid, positions, layer)
+    rotary = Rotary(torch.tensor(frequencies, dtype=torch.float32))
+    return Observation(query, key, key, 1.0, valid, positions, layer, rotary=rotary)
 
 
 def score(method, seen, **options):
@@ -46,6 +48,55 @@ def test_h2o_asks_every_query():
     query, key = looking_at(0, 0, 0, 0, 0, 0, 0, 0, 3, 3)
     assert best(score("h2o", observation(query, key)), 2) == [0, 3]
     assert score("h2o", observation(query, key))[0, 0, 0] > score("h2o", observation(query, key))[0, 0, 3]
+
+
+def test_echo_asks_for_what_came_after_the_question():
+    query, key = looking_at(7, 7, 7, 7, 7, 1, 1, 1, 1, 1)  # the first five can't see key 7 when they ask
+    seen = observation(query, key)
+    assert best(score("rms", seen, window=10), 1) == [1]
+    assert score("rms", seen, window=10)[0, 0, 7] < 0.1 * score("rms", seen, window=10)[0, 0, 1]
+    assert best(score("echo", seen, window=10), 2) == [1, 7]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize("window", [5, 40])
+def test_echo_is_its_definition(heads, kv_heads, window):
+    """One row alone and padded on the left, against loops in float64."""
+    tokens, size, pads, scaling = 23, 6, 9, 0.3
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, heads, tokens, size, generator=generator)
+    key = torch.randn(1, kv_heads, tokens, size, generator=generator)
+    frequencies = (1.0, 0.2)  # 4 of the 6 channels are rotated
+
+    count = min(window, tokens)
+    asked = [tokens - 1 - i * tokens // count for i in range(count)]
+    angle = tokens * torch.tensor(frequencies, dtype=torch.float64)
+    moved = query.double().clone()
+    moved[..., :2] = query[..., :2] * angle.cos() - query[..., 2:4] * angle.sin()
+    moved[..., 2:4] = query[..., 2:4] * angle.cos() + query[..., :2] * angle.sin()
+    again, last = torch.zeros(2, kv_heads, tokens, dtype=torch.float64)
+    for h in range(heads):
+        for i in asked:
+            again[h * kv_heads // heads] += (key[0, h * kv_heads // heads].double() @ moved[0, h, i] * scaling).softmax(
+                0
+            ) ** 2
+        for i in range(tokens - count, tokens):
+            seen = key[0, h * kv_heads // heads, : i + 1].double() @ query[0, h, i].double() * scaling
+            last[h * kv_heads // heads, : i + 1] += seen.softmax(0) ** 2
+    visible = torch.tensor([min(count, tokens - j) for j in range(tokens)])
+    again, last = (again / (count * heads // kv_heads)).sqrt(), (last / (visible * heads // kv_heads)).sqrt()
+    expected = torch.maximum(again / again.mean(-1, keepdim=True), last / last.mean(-1, keepdim=True))
+
+    def found(query, key, valid, positions):
+        seen = Observation(query, key, key, scaling, valid, positions, 0, rotary=Rotary(torch.tensor(frequencies)))
+        return METHODS["echo"].scorer(CompressionConfig(method="echo", budget=40, window=window)).score(seen)
+
+    positions = torch.arange(tokens, dtype=torch.int32).expand(1, kv_heads, tokens)
+    assert (found(query, key, None, positions)[0] - expected).abs().max() < 1e-4
+    filled = [torch.nn.functional.pad(t, (0, 0, pads, 0), value=3.0) for t in (query, key)]
+    valid = torch.arange(tokens + pads)[None] >= pads
+    wide = torch.nn.functional.pad(positions, (pads, 0), value=-1)
+    assert (found(*filled, valid, wide)[0, :, pads:] - expected).abs().max() < 1e-4
 
 
 def test_pooling_lifts_neighbours_but_not_from_the_recent_tokens():

@@ -35,6 +35,7 @@ from pyramidkv.parallel import first_head
 from pyramidkv.plan import Plan, decoding_limits, levels, limits, ring_size
 from pyramidkv.recovery import Before, reached, remember, undo, undoable
 from pyramidkv.ring import QueryRing
+from pyramidkv.rotary import Rotary
 from pyramidkv.scorers import Observation, Scorer
 from pyramidkv.shape import cache_shape
 from pyramidkv.sliding import SlidingLayer
@@ -86,6 +87,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.counts: list[int] = []  # real tokens seen of each row
         self.held: list[int] = []  # real tokens stored of each row
         self.offset: Tensor | None = None  # (B, 1, 1) int32: what to add to a column for a row's position
+        self.rotary: Rotary | None = None  # for a scorer that moves queries
         self.pool: Pool | None = None  # where buffers come from; None: from torch
         self.expected: list[int] = []  # real tokens that each row's prompt will have, if that was told
         self.prompts: list[int] = []  # real tokens seen of each row after the last forward of several
@@ -458,7 +460,8 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             scores = positions.float()  # nothing is dropped but padding: any finite score will do
         else:
             first = first_head(self.plan.shape.layers[self.layer].kv_heads, key.shape[1])
-            scores = self.scorer.score(Observation(query, key, value, scaling, valid, positions, self.layer, first))
+            seen = Observation(query, key, value, scaling, valid, positions, self.layer, first, self.rotary)
+            scores = self.scorer.score(seen)
             if scores.shape != positions.shape:
                 raise ConfigError(
                     f"method={self.plan.config.method!r}: score() returned {tuple(scores.shape)}; "
@@ -526,7 +529,10 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
         for index, shape in enumerate(self.plan.shape.layers):
             if shape.sliding_window is None:
                 scorer = None if make_scorer is None else make_scorer(self.config)
-                layers.append(PyramidKVLayer(index, compressed.index(index), self.plan, scorer))
+                layer = PyramidKVLayer(index, compressed.index(index), self.plan, scorer)
+                if scorer is not None and scorer.moves:
+                    layer.rotary = Rotary.of(self._model_config)
+                layers.append(layer)
             else:
                 layers.append(SlidingLayer(sliding_window=shape.sliding_window))
         super().__init__(layers=layers)

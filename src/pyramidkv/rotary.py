@@ -45,5 +45,6 @@ class Rotary:
         half = self.frequencies.shape[0]
         angle = distance.double()[:, None] * self.frequencies.to(distance.device, torch.float64)
         cos, sin = (t.float()[:, None, None] for t in (angle.cos(), angle.sin()))  # (B, 1, 1, R / 2)
-        one, two, rest = query.float().split([half, half, query.shape[-1] - 2 * half], dim=-1)
-        return torch.cat([one * cos - two * sin, two * cos + one * sin, rest], dim=-1).to(query.dtype)
+        wide = query.float()
+        one, two = wide[..., :half], wide[..., half : 2 * half]
+        return torch.cat([one * cos - two * sin, two * cos + one * sin, wide[..., 2 * half :]], dim=-1).to(query.dtype)

@@ -15,6 +15,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 from pyramidkv.config import CompressionConfig
 from pyramidkv.methods import register
 from pyramidkv.ops.window_scores import window_scores
+from pyramidkv.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class Observation:
     positions: Tensor  # (B, Hkv, K) int32: index of each key's token among the real tokens of its row; -1 empty
     layer: int  # index of the layer in the model
     first_head: int = 0  # index in the model of the first KV head; tensor parallelism gives each process some of them
+    rotary: Rotary | None = None  # for scorers that move queries
 
 
 class Scorer(ABC):
     """Says what each key is worth to later tokens."""
 
+    moves = False  # True for a scorer that needs `Observation.rotary`
     observes = True  # False for a scorer that never looks at `Observation.query`: no queries are kept for it
 
     def __init__(self, config: CompressionConfig) -> None:
@@ -85,6 +88,50 @@ class WideWindowScorer(WindowScorer):
 
     def _attention(self, query: Tensor, seen: Observation) -> Tensor:
         return window_scores(query, seen.key, seen.scaling, seen.valid, power=2, per_visible=True)
+
+
+@register("echo", window=512, recent=32, kernel=1)
+class EchoScorer(WideWindowScorer):
+    """Attention from queries of the whole prompt as if they were asked again behind it, beside that of `rms`.
+
+    A fact that only a later question will need gets little attention while the prompt is read, since what repeats or
+    asks for it is not there yet. But a prompt's own queries, moved behind its end, ask for all of it: this is what
+    reading the prompt a second time shows (KVzip, arXiv 2505.23416), without the second forward. `window` queries,
+    evenly spaced over the new tokens, are moved by the length of the prompt; a key is worth the larger of the two
+    scores, each divided by its mean over the keys of its head.
+    """
+
+    moves = True
+
+    def score(self, seen: Observation) -> Tensor:
+        query, asking = self._spaced(seen)
+        assert seen.rotary is not None
+        length = seen.positions[:, 0].amax(-1) + 1  # real tokens of each row
+        moved = seen.rotary.turn(query, length)
+        again = window_scores(moved, seen.key, seen.scaling, seen.valid, power=2, behind=True, asking=asking)
+        return torch.maximum(_over_mean(again, seen.valid), _over_mean(super().score(seen), seen.valid))
+
+    def _spaced(self, seen: Observation) -> tuple[Tensor, Tensor | None]:
+        """Up to `window` of the queries, (B, Hq, N, D), counted from the end; and which are real, (B, N) bool."""
+        query = seen.query
+        new = query.shape[2]
+        count = min(self.config.window, new)
+        step = torch.arange(count, device=query.device)
+        if seen.valid is None:
+            return query[:, :, new - 1 - step * new // count], None
+        real = seen.valid[:, -new:].sum(-1, keepdim=True)
+        back = step * real.clamp(min=count) // count  # (B, N): a row is asked the same in any batch
+        index = (new - 1 - back).clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+        return query.gather(2, index), back < real
+
+
+def _over_mean(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """Each score as a multiple of the mean of its head, (B, H, K)."""
+    if valid is None:
+        return scores / scores.mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    shown = scores.masked_fill(~valid[:, None], 0.0)
+    mean = shown.sum(-1, keepdim=True) / valid.sum(-1)[:, None, None].clamp(min=1)
+    return shown / mean.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @register("h2o")
