@@ -69,23 +69,19 @@ def test_echo_is_its_definition(heads, kv_heads, window):
     frequencies = (1.0, 0.2)  # 4 of the 6 channels are rotated
 
     count = min(window, tokens)
-    asked = [tokens - 1 - i * tokens // count for i in range(count)]
+    newest = count // 2
+    back = [i if i < newest else newest + (i - newest) * (tokens - newest) // (count - newest) for i in range(count)]
+    assert len(set(back)) == count and max(back) < tokens
     angle = tokens * torch.tensor(frequencies, dtype=torch.float64)
     moved = query.double().clone()
     moved[..., :2] = query[..., :2] * angle.cos() - query[..., 2:4] * angle.sin()
     moved[..., 2:4] = query[..., 2:4] * angle.cos() + query[..., :2] * angle.sin()
-    again, last = torch.zeros(2, kv_heads, tokens, dtype=torch.float64)
+    expected = torch.zeros(kv_heads, tokens, dtype=torch.float64)
     for h in range(heads):
-        for i in asked:
-            again[h * kv_heads // heads] += (key[0, h * kv_heads // heads].double() @ moved[0, h, i] * scaling).softmax(
-                0
-            ) ** 2
-        for i in range(tokens - count, tokens):
-            seen = key[0, h * kv_heads // heads, : i + 1].double() @ query[0, h, i].double() * scaling
-            last[h * kv_heads // heads, : i + 1] += seen.softmax(0) ** 2
-    visible = torch.tensor([min(count, tokens - j) for j in range(tokens)])
-    again, last = (again / (count * heads // kv_heads)).sqrt(), (last / (visible * heads // kv_heads)).sqrt()
-    expected = torch.maximum(again / again.mean(-1, keepdim=True), last / last.mean(-1, keepdim=True))
+        own = key[0, h * kv_heads // heads].double()
+        for i in back:
+            expected[h * kv_heads // heads] += (own @ moved[0, h, tokens - 1 - i] * scaling).softmax(0) ** 2
+    expected = (expected / (count * heads // kv_heads)).sqrt()
 
     def found(query, key, valid, positions):
         seen = Observation(query, key, key, scaling, valid, positions, 0, rotary=Rotary(torch.tensor(frequencies)))

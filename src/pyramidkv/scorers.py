@@ -91,47 +91,42 @@ class WideWindowScorer(WindowScorer):
 
 
 @register("echo", window=512, recent=32, kernel=1)
-class EchoScorer(WideWindowScorer):
-    """Attention from queries of the whole prompt as if they were asked again behind it, beside that of `rms`.
+class EchoScorer(WindowScorer):
+    """Root mean square attention from queries of the whole prompt, as if they were asked again behind it.
 
     A fact that only a later question will need gets little attention while the prompt is read, since what repeats or
     asks for it is not there yet. But a prompt's own queries, moved behind its end, ask for all of it: this is what
-    reading the prompt a second time shows (KVzip, arXiv 2505.23416), without the second forward. `window` queries,
-    evenly spaced over the new tokens, are moved by the length of the prompt; a key is worth the larger of the two
-    scores, each divided by its mean over the keys of its head.
+    reading the prompt a second time shows (KVzip, arXiv 2505.23416), without the second forward. Half of the `window`
+    queries are the newest, half lie evenly over the others; all are moved on by the length of the prompt.
     """
 
     moves = True
 
-    def score(self, seen: Observation) -> Tensor:
-        query, asking = self._spaced(seen)
+    def _attention(self, query: Tensor, seen: Observation) -> Tensor:
+        query, asking = self._chosen(seen)
         assert seen.rotary is not None
-        length = seen.positions[:, 0].amax(-1) + 1  # real tokens of each row
-        moved = seen.rotary.turn(query, length)
-        again = window_scores(moved, seen.key, seen.scaling, seen.valid, power=2, behind=True, asking=asking)
-        return torch.maximum(_over_mean(again, seen.valid), _over_mean(super().score(seen), seen.valid))
+        moved = seen.rotary.turn(query, seen.positions.amax((1, 2)) + 1)
+        return window_scores(moved, seen.key, seen.scaling, seen.valid, power=2, behind=True, asking=asking)
 
-    def _spaced(self, seen: Observation) -> tuple[Tensor, Tensor | None]:
-        """Up to `window` of the queries, (B, Hq, N, D), counted from the end; and which are real, (B, N) bool."""
+    def _chosen(self, seen: Observation) -> tuple[Tensor, Tensor | None]:
+        """Up to `window` of the queries, (B, Hq, N, D), the newest first; and which are real, (B, N) bool."""
         query = seen.query
         new = query.shape[2]
         count = min(self.config.window, new)
+        newest = count // 2
         step = torch.arange(count, device=query.device)
         if seen.valid is None:
-            return query[:, :, new - 1 - step * new // count], None
+            return query[:, :, new - 1 - _spread(step, newest, new, count)], None
         real = seen.valid[:, -new:].sum(-1, keepdim=True)
-        back = step * real.clamp(min=count) // count  # (B, N): a row is asked the same in any batch
+        back = _spread(step, newest, real.clamp(min=count), count)  # (B, N): a row is asked the same in any batch
         index = (new - 1 - back).clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
         return query.gather(2, index), back < real
 
 
-def _over_mean(scores: Tensor, valid: Tensor | None) -> Tensor:
-    """Each score as a multiple of the mean of its head, (B, H, K)."""
-    if valid is None:
-        return scores / scores.mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    shown = scores.masked_fill(~valid[:, None], 0.0)
-    mean = shown.sum(-1, keepdim=True) / valid.sum(-1)[:, None, None].clamp(min=1)
-    return shown / mean.clamp(min=torch.finfo(torch.float32).tiny)
+def _spread(step: Tensor, newest: int, tokens: int | Tensor, count: int) -> Tensor:
+    """How far behind the last of `tokens` each of `count` steps lies: the first `newest` close up, the rest evenly."""
+    spaced = newest + (step - newest) * (tokens - newest) // (count - newest)
+    return torch.where(step < newest, step, spaced)
 
 
 @register("h2o")
