@@ -425,7 +425,7 @@ def check_packed() -> dict[str, float]:
             )
             for overlap in (False, True):
                 name = f"packed {model} {bits} bits{' ragged' if ragged else ''}{' overlap' if overlap else ''}"
-                plan = packed.choose(rows * keys.shape[1], 24, overlap)
+                plan = packed.choose(rows * keys.shape[1], 24, 8, keys.shape[3], 2, overlap)
                 for _ in range(3):  # a race would move
                     got = packed.packed_attention(query, pages, keys, values, length, start, scaling, blocks=plan)
                     found[name] = max(found.get(name, 0.0), error(got, expected), key=lambda e: (e != e, e))
@@ -446,7 +446,7 @@ def packed_row(model: str, rows: int, slots: int, bits: int, bandwidth: float) -
         ("ragged", True, True),
     ):
         sets = packed_sets(model, rows, slots, bits, ragged)
-        plan = packed.choose(rows * kv_heads, slots // 64, overlap)
+        plan = packed.choose(rows * kv_heads, slots // 64, 8, size, 2, overlap)
         row[name] = microseconds([lambda s=s, p=plan: packed.packed_attention(*s, blocks=p) for s in sets])
     for name, kept in (("16 bits", slots), ("16 bits, a quarter", slots // 4)):
         plain = decode_sets(model, rows, kept)

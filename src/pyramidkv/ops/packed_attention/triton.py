@@ -44,12 +44,14 @@ class Blocks:
     registers: int = 0  # most that a thread may have, so that more programs run at once; 0: no limit
 
 
-def choose(heads: int, pages: int, overlap: bool) -> Blocks:
-    """For (B * Hkv) `heads` of `pages` pages each, on average."""
+def choose(heads: int, pages: int, columns: int, size: int, itemsize: int, overlap: bool) -> Blocks:
+    """For (B * Hkv) `heads` of `pages` pages each, on average, and pairs of query head and scale as `columns`."""
     per_program = 1
     while per_program < 8 and heads * pages > 2048 * per_program:
         per_program *= 2  # each program costs a partial result
-    return Blocks(per_program, 64, 1, 1, overlap, 128)
+    sums = power_of_two(size) * power_of_two(columns) * (4 if itemsize == 4 else 1)  # what one warp can hold of them
+    warps = 1 if sums <= 1024 else 2 if sums <= 2048 else 4
+    return Blocks(per_program, 64, warps, 1, overlap, 128 if warps == 1 else 0)
 
 
 @triton.constexpr_function
@@ -548,13 +550,15 @@ def packed_attention(
     heads, capacity = keys.shape[1], keys.shape[2]
     groups = query_heads // heads
     scales = size // value_group(size)
+    columns = max(8, groups * scales)
     query = dense(query)
     new_key, new_value = (query, query) if new is None else (dense(new[0]), dense(new[1]))
     if keys.stride(-1) != 1 or values.stride(-1) != 1:
         raise ValueError("the newest slots need their channels side by side")
     if blocks is None:
         overlap = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
-        blocks = choose(batch * heads, sum(t.row_pages for t in tiers) // heads, overlap)
+        pages = sum(tier.row_pages for tier in tiers) // heads
+        blocks = choose(batch * heads, pages, columns, size, query.itemsize, overlap)
     splits = max(1, triton.cdiv(capacity, blocks.chunk))
     items = heads * splits
     for tier in tiers:  # as `_programs`
@@ -579,7 +583,7 @@ def packed_attention(
         query, part, lse, keys, values, length, no_start, tuple(map(_arguments, tiers)), row_pages,
         *strides, *numbers,
         KEY_BITS=tuple(t.keys.bits for t in tiers), VALUE_BITS=tuple(t.values.bits for t in tiers),
-        SCALES=scales, FIRST=first, REST=rest, ROWS=max(8, power_of_two(groups * scales)),
+        SCALES=scales, FIRST=first, REST=rest, ROWS=power_of_two(columns),
         BLOCK=32, STAGES=blocks.stages, ASM=not INTERPRETED, num_warps=blocks.warps, **shared,
         **({"maxnreg": blocks.registers} if blocks.registers else {}),
     )  # fmt: skip
