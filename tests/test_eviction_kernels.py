@@ -74,6 +74,7 @@ def select_case(shape, kind, limits, seed=0, dtype=torch.float32):
         width = max(*allowed, 1)
     elif limits == "heads":
         allowed = torch.randint(0, slots + 1, (rows, heads), generator=make, dtype=torch.int32)
+        valid = torch.rand(rows, heads, slots, generator=make) < 0.8
     return scores.to(dtype), allowed, width, valid
 
 
@@ -105,7 +106,7 @@ def test_select_is_its_definition(shape, kind, limits, recent, finite, padded):
     for b in range(shape[0]):
         for h in range(shape[1]):
             limit = int(allowed[b, h]) if isinstance(allowed, torch.Tensor) else allowed[b]
-            real = [True] * shape[2] if valid is None else valid[b].tolist()
+            real = [True] * shape[2] if valid is None else (valid[b] if valid.ndim == 2 else valid[b, h]).tolist()
             expected = kept_slots(scores[b, h].tolist(), limit, recent, real, finite)
             assert got[b, h].tolist() == [-1] * (width - len(expected)) + expected
 

@@ -17,6 +17,7 @@ from pyramidkv.ops import kernels
 from pyramidkv.ops import window_scores as scores_package
 from pyramidkv.ops.decode_attention import decode_attention, why_naive
 from pyramidkv.ops.decode_attention import naive as decode_naive
+from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores import naive as scores_naive
 from pyramidkv.ops.window_scores import window_scores
 
@@ -72,10 +73,15 @@ def scores_case(shape, dtype, kind, device="cpu"):
         valid = torch.arange(keys) >= torch.arange(batch)[:, None] * 5 % keys + 1
         if kind == "holes":
             valid &= torch.arange(keys) % 4 != 2
+        padding = ~valid[:, None, keys - queries :, None].to(device)
+        if kind == "heads":  # the past of each its own
+            valid = valid[:, None].repeat(1, kv_heads, 1)
+            past = torch.arange(keys - queries) % 5 > torch.arange(kv_heads)[:, None] % 3
+            valid[..., : keys - queries] &= past
         valid = valid.to(device)
-        where = ~valid[:, None, :, None]
+        where = ~by_head(valid)[..., None]
         key = key.masked_fill(where, float("nan"))  # what padding holds is nobody's business
-        query = query.masked_fill(where[:, :, keys - queries :], float("nan"))
+        query = query.masked_fill(padding, float("nan"))
     return query, key, valid
 
 
@@ -123,14 +129,15 @@ def exact_scores(query, key, scaling, valid, power, per_visible):
     total = torch.zeros(batch, heads, keys, dtype=torch.float64)
     terms = torch.zeros(batch, 1, keys)
     real = torch.ones(batch, keys, dtype=torch.bool) if valid is None else valid
+    real = by_head(real).expand(batch, kv_heads, keys).repeat_interleave(heads // kv_heads, 1)
     for i in range(queries):
         own = keys - queries + i
         seen = real & (torch.arange(keys) <= own)
         logit = torch.einsum("bhd,bhkd->bhk", query[:, :, i].double(), key) * scaling
-        share = logit.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
-        asks = real[:, own, None]
-        total += torch.where(asks[..., None], share, 0.0) ** power
-        terms += (asks & ((torch.arange(keys) <= own) | (not per_visible)))[:, None]
+        share = logit.masked_fill(~seen, float("-inf")).softmax(-1)
+        asks = real[:, :, own, None]
+        total += torch.where(asks, share, 0.0) ** power
+        terms += (asks & ((torch.arange(keys) <= own) | (not per_visible)))[:, :1]
     total = total.unflatten(1, (kv_heads, -1)).sum(2) / (heads // kv_heads)
     return (total / terms.clamp(min=1)) ** (1 / power)
 
@@ -179,7 +186,7 @@ def exact_decode(query, keys, values, used, scaling):
 
 
 @pytest.mark.parametrize("shape", SCORES)
-@pytest.mark.parametrize("kind", ["none", "padding", "holes"])
+@pytest.mark.parametrize("kind", ["none", "padding", "holes", "heads"])
 @pytest.mark.parametrize(("power", "per_visible"), [(1, False), (2, True), (2, False)])
 def test_window_scores_are_their_definition(shape, kind, power, per_visible):
     query, key, valid = scores_case(shape, torch.float32, kind)
@@ -263,8 +270,9 @@ def test_triton_in_its_interpreter():
 
 @interpreted
 @pytest.mark.parametrize("shape", SCORES)
-@pytest.mark.parametrize("kind", ["none", "holes"])
-@pytest.mark.parametrize(("power", "per_visible"), [(1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("kind", "power", "per_visible"), [("none", 1, False), ("none", 2, True), ("holes", 1, False), ("heads", 2, True)]
+)
 def test_interpreted_window_scores(shape, kind, power, per_visible):
     from pyramidkv.ops.window_scores import triton
 
@@ -343,7 +351,7 @@ def on_gpu(test):
 
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["none", "holes"])
+@pytest.mark.parametrize("kind", ["none", "holes", "heads"])
 @pytest.mark.parametrize("heads", [(32, 32, 80), (32, 8, 128), (28, 4, 128), (4, 1, 256), (8, 8, 96), (8, 4, 64)])
 @pytest.mark.parametrize("window", [8, 33, 256, 1024])
 def test_gpu_window_scores(dtype, kind, heads, window):

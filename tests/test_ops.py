@@ -33,8 +33,11 @@ def inputs(shape, dtype=torch.float32):
 
 
 def padding(kind, shape):
-    """(B, K) bool, or None: rows begin with more and more padding, or have holes, or nothing real at all."""
-    batch, queries, keys = shape[0], shape[4], shape[5]
+    """(B, K) bool, or None: rows begin with more and more padding, or have holes, or nothing real at all.
+
+    Where heads differ, (B, Hkv, K).
+    """
+    batch, kv_heads, queries, keys = shape[0], shape[2], shape[4], shape[5]
     if kind == "none":
         return None
     valid = torch.arange(keys) >= torch.arange(batch)[:, None] * 3 % keys
@@ -45,7 +48,17 @@ def padding(kind, shape):
         valid[:, keys - queries : keys - queries // 2] = False
     if kind == "nothing":
         valid[-1] = False
+    if kind == "heads":
+        valid = torch.arange(keys) * 3 % 7 > torch.arange(batch * kv_heads).reshape(batch, kv_heads, 1) % 5
+        valid[..., keys - queries :] = True
     return valid
+
+
+def of_head(valid, row, head, keys):
+    """Which keys are real for a row and KV head."""
+    if valid is None:
+        return [True] * keys
+    return (valid[row] if valid.ndim == 2 else valid[row, head]).tolist()
 
 
 def probabilities(q, k, scaling, valid):
@@ -57,15 +70,16 @@ def probabilities(q, k, scaling, valid):
         for h in range(heads):
             for i in range(queries):
                 last = keys - queries + i
-                seen = [j for j in range(last + 1) if valid is None or valid[b, j]]
+                head = h // (heads // kv_heads)
+                real = of_head(valid, b, head, keys)
+                seen = [j for j in range(last + 1) if real[j]]
                 if seen:
-                    head = h // (heads // kv_heads)
                     logits = torch.einsum("kd,d->k", k[b, head, seen].double(), q[b, h, i].double()) * scaling
                     out[b, h, i, seen] = torch.softmax(logits, 0)
     return out
 
 
-CASES = [(shape, kind) for shape in SHAPES for kind in ("none", "left", "holes", "new", "nothing")]
+CASES = [(shape, kind) for shape in SHAPES for kind in ("none", "left", "holes", "new", "nothing", "heads")]
 CASES += [(LONG, "none"), (LONG, "new")]
 
 
@@ -89,7 +103,7 @@ def test_window_scores_are_mean_probabilities_of_real_queries(shape, kind):
     p = probabilities(q, k, scaling, valid)
     expected = torch.zeros(batch, kv_heads, keys, dtype=torch.float64)
     for b in range(batch):
-        real = [i for i in range(queries) if valid is None or valid[b, keys - queries + i]]
+        real = [i for i in range(queries) if of_head(valid, b, 0, keys)[keys - queries + i]]
         for h in range(heads):
             for i in real:
                 expected[b, h // (heads // kv_heads)] += p[b, h, i] / len(real) / (heads // kv_heads)

@@ -137,6 +137,83 @@ def test_tiers_take_the_best_slots_first():
     assert packed.nbytes == packed_bytes(spec, 190, levels, recent=10, tokens=380, room=0)
 
 
+def test_heads_may_keep_unequal_numbers():
+    key, value, positions = slots_of(2, 3, 190, 32)
+    scores = torch.rand(2, 3, 190, generator=torch.Generator().manual_seed(5))
+    exact = torch.tensor([[0, 64, 30], [100, 1, 63]])
+    coarse = torch.tensor([[70, 3, 64], [0, 80, 10]])
+    levels = [Level(16, 16, 100, exact, 164), Level(4, 8, 80, coarse, 137)]
+    packed = PackedStorage.gather(
+        key, value, positions, everything(positions), levels, recent=10, tokens=380, room=2, padded=False, scores=scores
+    )
+    assert [tier.pages.row_pages for tier in packed.tiers] == [(164 + 3 * 63) // 64, (137 + 3 * 63) // 64]
+    assert [tier.pages.most for tier in packed.tiers] == [2, 2]
+    keys, values = packed.view()
+    valid = packed.valid()
+    assert keys.shape == (2, 3, 4 * 64 + 10, 32) and valid.shape == keys.shape[:3]
+    assert torch.equal(valid, packed.positions >= 0)
+    swapped = packed.rows(torch.tensor([1, 0, 1]))
+    for b, h in itertools.product(range(2), range(3)):
+        best = scores[b, h, :180].argsort(descending=True)
+        first, second = (
+            part.sort().values for part in best[: exact[b, h] + coarse[b, h]].split([exact[b, h], coarse[b, h]])
+        )
+        kept = torch.cat([first, second]).sort().values
+        mine = valid[b, h]
+        assert torch.equal(packed.positions[b, h, mine], 2 * torch.cat([kept, torch.arange(180, 190)]).int())
+        assert torch.equal(keys[b, h, mine][torch.isin(kept, first).nonzero()[:, 0]], key[b, h, first])
+        close = (keys[b, h, mine][:-10] - key[b, h, kept]).abs()
+        assert close.max() < 0.4 and (len(second) == 0 or close.max() > 0.01)
+        assert (values[b, h, mine][:-10] - value[b, h, kept]).abs().max() < 0.02
+        for row in (0, 2):
+            if b == 1:
+                assert torch.equal(swapped.view()[0][row, h, mine], keys[b, h, mine])
+    assert packed.nbytes == packed_bytes(packed.spec, 190, levels, recent=10, tokens=380, room=2)
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ([Level(4, 4, 100, torch.full((1, 1), 50))], "total=None"),
+        ([Level(4, 4, 100, torch.full((1, 1), 50), 50), Level(2, 2)], "total=None"),
+        ([Level(4, 4, 100, torch.full((1, 1), 50), 49)], "total=49: the heads of a row keep 50 slots"),
+        ([Level(4, 4, 100), Level(2, 2)], "scores=None"),
+    ],
+)
+def test_levels_that_do_not_go_together(levels, message):
+    key, value, positions = slots_of(1, 1, 150, 32)
+    scores = None if "scores" in message else torch.rand(1, 1, 150)
+    with pytest.raises(ValueError, match=message):
+        PackedStorage.gather(
+            key, value, positions, everything(positions), levels,
+            recent=10, tokens=300, room=0, padded=False, scores=scores,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama-4-2-32", "gpt_neox-2-2-80"])
+@pytest.mark.parametrize("lengths", [(150,), (150, 70, 20)], ids=str)
+def test_uneven_tiers_of_16_bits_change_nothing(name, lengths, monkeypatch):
+    """A prompt, another chunk with its eviction, and decoding, as without tiers."""
+    plain = model(name)
+    plain.set_attn_implementation("pyramidkv")
+    ids, mask, positions = padded_batch(lengths)
+    more = torch.randint(3, 101, (len(lengths), 60), generator=torch.Generator().manual_seed(8))
+    heads = cache_shape(plain.config).layers[0].kv_heads
+    limits = torch.arange(len(lengths) * heads).reshape(len(lengths), heads) * 29 % 70
+    uneven = (Level(16, 16, 70, limits, int(limits.sum(1).max())), Level(16, 16, None, None, 250 * heads))
+    found = []
+    for tiers in ((), uneven):
+        monkeypatch.setattr("pyramidkv.cache.levels", lambda config, tiers=tiers: tiers)
+        cache = pyramidkv.PyramidKVCache(plain.config, method="snapkv", keep=0.6, window=8, room=3)
+        out = [plain(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1:]]
+        out.append(plain(more[:, :50], past_key_values=cache).logits)
+        out += [plain(more[:, i : i + 1], past_key_values=cache).logits for i in range(50, 60)]
+        found.append(torch.cat(out, dim=1))
+    assert isinstance(cache.layers[0].storage, PackedStorage)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family_in_fewer_bits(name):

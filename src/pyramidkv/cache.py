@@ -30,6 +30,7 @@ from pyramidkv.ops.attention import attention
 from pyramidkv.ops.decode_attention import decode_attention, why_naive
 from pyramidkv.ops.packed_attention import packed_attention
 from pyramidkv.ops.select import select
+from pyramidkv.ops.valid import joined
 from pyramidkv.packed import PackedStorage
 from pyramidkv.parallel import first_head
 from pyramidkv.plan import Plan, decoding_limits, levels, limits, ring_size
@@ -377,16 +378,15 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             self.offset = pad if self.offset is None else self.offset + pad
 
     def visible(self, new: NewTokens, queries: int, slots: int) -> Tensor | None:
-        """(B, K) bool: which of the slots attended to hold a real token; None for all of them."""
+        """(B, K) or (B, H, K) bool: which of the slots attended to hold a real token; None for all of them."""
         past = None if self.storage is None else self.storage.valid()
         if past is None and new.valid is None:
             return None
         if past is None:
             assert new.valid is not None
             past = torch.ones(len(self.counts), slots - queries, dtype=torch.bool, device=new.valid.device)
-        if new.valid is None:
-            return torch.cat([past, past.new_ones(len(self.counts), queries)], dim=1)
-        return torch.cat([past, new.valid], dim=1)
+        fresh = past.new_ones(len(self.counts), queries) if new.valid is None else new.valid
+        return joined(past, fresh)
 
     @torch.no_grad()
     def _evict(

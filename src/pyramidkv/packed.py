@@ -16,17 +16,21 @@ from torch import Tensor
 from pyramidkv.ops.bitmap import pack_positions, unpack_positions
 from pyramidkv.ops.pages import Pages, page_bound
 from pyramidkv.ops.quantize import PAGE, key_bytes, value_bytes
+from pyramidkv.ops.valid import joined
 from pyramidkv.storage import Spec, Storage
 
 
 class Level(NamedTuple):
-    """What a tier is to hold of the slots of each row and head that are not the newest."""
+    """What a tier is to hold of the slots of each row and head that are not the newest.
+
+    Where heads differ, by `limits` or because the index of slots gives them unequal numbers, `total` must be given.
+    """
 
     key_bits: int
     value_bits: int
     slots: int | None = None  # the most that any head may have; None: all that the levels before have left
     limits: Tensor | None = None  # (B, H) integers, each at most `slots`: what each row and head may have
-    total: int | None = None  # the most of the heads of a row together, stored in as many pages; None: all `slots`
+    total: int | None = None  # the most of the heads of a row together; None: all heads of a row have equally many
 
 
 class Tier(NamedTuple):
@@ -97,9 +101,6 @@ class PackedStorage:
             if chosen.shape[2] == 0:
                 continue
             where = positions.gather(2, chosen.clamp(min=0)).masked_fill(chosen < 0, -1)
-            if len(levels) > 1:  # from the order of scores back to that of positions
-                where, order = where.sort(dim=-1)
-                chosen = chosen.gather(2, order)
             pages = Pages.gather(
                 key.detach().to(stored) if level.key_bits == 16 else key,
                 value.detach().to(stored) if level.value_bits == 16 else value,
@@ -156,14 +157,17 @@ class PackedStorage:
         return torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
 
     def valid(self) -> Tensor:
-        """(B, length) bool, False for empty slots."""
-        old = torch.cat([tier.pages.valid()[:, 0] for tier in self.tiers], dim=1)
-        if len(self.tiers) > 1:
-            old = old.sort(dim=-1).values
+        """(B, length) bool, False for empty slots, or (B, H, length) where heads keep unequal numbers."""
+        parts = [tier.pages.valid() for tier in self.tiers]
+        if all(tier.pages.even for tier in self.tiers):
+            parts = [part[:, 0] for part in parts]
+        old = torch.cat(parts, dim=-1)
+        if len(parts) > 1:
+            old = old.int().sort(dim=-1).values.bool()
         new = self.new.valid()
         if new is None:
             new = old.new_ones(old.shape[0], self.new.length)
-        return torch.cat([old, new], dim=1)
+        return joined(old, new)
 
     def append(self, key: Tensor, value: Tensor, positions: Tensor, room: int) -> None:
         """Put (B, H, T, *) behind the slots in use, unpacked."""
@@ -186,6 +190,11 @@ def _split(index: Tensor, levels: Sequence[Level], scores: Tensor | None) -> lis
     """The slots `index` (B, H, N) of each level, (B, H, *) with -1 for none; those with the highest scores first."""
     if len(levels) == 1 and levels[0].slots is None and levels[0].limits is None:
         return [index]
+    uneven = False
+    for level in levels:
+        uneven |= level.limits is not None
+        if uneven and level.total is None:
+            raise ValueError("total=None: where heads have limits of their own, their sum is needed from there on")
     if scores is None:
         raise ValueError("scores=None: what goes to which level is decided by the scores of the slots")
     worst = torch.finfo(torch.float32).min
@@ -201,7 +210,8 @@ def _split(index: Tensor, levels: Sequence[Level], scores: Tensor | None) -> lis
         if level.limits is not None:
             there = there & (place < level.limits[..., None])
         place = (place + taken).clamp(max=index.shape[2] - 1).expand(there.shape)
-        parts.append(index.gather(2, place).masked_fill(~there, -1))
+        part = index.gather(2, place).masked_fill(~there, -1)
+        parts.append(part.sort(dim=-1).values)
         taken = taken + (slots if level.limits is None else level.limits[..., None])
     return parts
 

@@ -14,6 +14,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 
 from pyramidkv.config import CompressionConfig
 from pyramidkv.methods import register
+from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores import window_scores
 from pyramidkv.rotary import Rotary
 
@@ -26,7 +27,7 @@ class Observation:
     key: Tensor  # (B, Hkv, K, D), rotated
     value: Tensor  # (B, Hkv, K, D)
     scaling: float
-    valid: Tensor | None  # (B, K) bool, False for padding and empty slots; None: all real
+    valid: Tensor | None  # (B, K) or (B, Hkv, K) bool, False for padding and empty slots; None: all real
     positions: Tensor  # (B, Hkv, K) int32: index of each key's token among the real tokens of its row; -1 empty
     layer: int  # index of the layer in the model
     first_head: int = 0  # index in the model of the first KV head; tensor parallelism gives each process some of them
@@ -65,9 +66,10 @@ class WindowScorer(Scorer):
         if seen.valid is None or self.config.kernel == 1:
             return self._pooled(scores, None)
         # Padding between two turns must not part neighbours: all empty slots to the front, and back after the pooling.
-        order = seen.valid.int().argsort(dim=-1, stable=True)
-        valid = seen.valid.gather(1, order)[:, None]
-        wide = order[:, None].expand_as(scores)
+        real = by_head(seen.valid)
+        order = real.int().argsort(dim=-1, stable=True)
+        valid = real.gather(2, order)
+        wide = order.expand_as(scores)
         return torch.empty_like(scores).scatter_(2, wide, self._pooled(scores.gather(2, wide), valid))
 
     def _attention(self, query: Tensor, seen: Observation) -> Tensor:
@@ -179,7 +181,7 @@ class RandomScorer(Scorer):
 def pool(scores: Tensor, kernel: int, kind: str, valid: Tensor | None = None) -> Tensor:
     """Each score averaged ("avg") or maximised ("max") with its neighbours, `kernel` tokens wide.
 
-    `scores` is (B, H, K); `valid` (B, 1, K) bool leaves tokens out, as the two ends of the sequence are left out.
+    `scores` is (B, H, K); `valid` (B, 1 or H, K) bool leaves tokens out, as the two ends of the sequence are left out.
     """
     if kernel == 1 or scores.shape[-1] == 0:
         return scores

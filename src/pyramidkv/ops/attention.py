@@ -10,6 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from pyramidkv.ops.valid import by_head
+
 # cuDNN attention makes a plan for every new shape. In a prefill all layers have one shape; afterwards each layer has a
 # length of its own, which grows at every token.
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -24,7 +26,7 @@ def attention(
         query: (B, Hq, Q, D).
         key, value: (B, Hkv, K, D), Hq a multiple of Hkv.
         scaling: factor of the logits.
-        valid: (B, K) bool, False for padding and empty slots; None means that all are real.
+        valid: (B, K) or (B, Hkv, K) bool, False for padding and empty slots; None means that all are real.
         dropout: probability, for training.
 
     Returns:
@@ -51,7 +53,7 @@ def _over_past(
     groups = heads // kv_heads
     if queries == 1:
         # One query a head: the query heads of a KV head become its rows, and no key is repeated.
-        mask = None if valid is None else valid[:, None, None, :]
+        mask = None if valid is None else by_head(valid)[:, :, None, :]
         packed = query.reshape(query.shape[0], kv_heads, groups, -1)
         out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
         return out.reshape(query.shape[0], heads, 1, -1)
@@ -61,5 +63,8 @@ def _over_past(
         mask = causal_lower_right(queries, keys)
     else:
         row = torch.arange(keys - queries, keys, device=key.device)
-        mask = (torch.arange(keys, device=key.device) <= row[:, None]) & valid[:, None, None, :]
+        real = by_head(valid)
+        if real.shape[1] > 1:
+            real = real.repeat_interleave(groups, dim=1)
+        mask = (torch.arange(keys, device=key.device) <= row[:, None]) & real[:, :, None, :]
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)

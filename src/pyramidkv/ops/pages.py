@@ -32,7 +32,7 @@ class Pages:
     first: Tensor  # (B, H) int32: a head's first page in its row
     count: Tensor  # (B, H) int32: its pages
     start: Tensor  # (B, H) int32: empty slots in front of its first token
-    even: bool  # all heads of all rows have the same number of pages
+    even: bool  # all heads have the same number of pages, and those of a row the same slots in use
 
     @classmethod
     def gather(
@@ -53,6 +53,8 @@ class Pages:
         else:
             pages = page_bound(heads, width, total)
             count = (used + PAGE - 1) // PAGE
+            if device.type == "cpu" and rows and int(used.sum(1).max()) > total:  # elsewhere looking would take time
+                raise ValueError(f"total={total}: the heads of a row keep {int(used.sum(1).max())} slots")
         last = count.cumsum(-1)
         first = last - count
         page = torch.arange(pages, device=device)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyramidkv.ops.valid import by_head
+
 _LEAST = torch.finfo(torch.float32).min
 
 
@@ -27,8 +29,8 @@ def select(
         limits: tokens that each row may keep, one number a row; or (B, H) int32 on the device of the scores, one
             number a row and head.
         width: slots of the result, at most K and at least the largest number that any row keeps.
-        recent: the newest valid slots of each row, kept before all others whatever they score.
-        valid: (B, K) bool, False for slots that must not be kept; None: all are valid.
+        recent: the newest valid slots of each row and head, kept before all others whatever they score.
+        valid: (B, K) or (B, H, K) bool, False for slots that must not be kept; None: all are valid.
         finite: take infinite scores for the largest finite ones, so that they mark nothing: only `valid` can then keep
             a slot out, and only `recent` in.
 
@@ -41,8 +43,9 @@ def select(
     if valid is None:
         marked[..., max(scores.shape[-1] - recent, 0) :] = float("inf")
     else:  # counted from each row's own end: there may be padding among the last slots
+        valid = by_head(valid)
         newest = valid.flip(-1).cumsum(-1).flip(-1) <= recent
-        marked = marked.masked_fill(newest[:, None], float("inf")).masked_fill(~valid[:, None], float("-inf"))
+        marked = marked.masked_fill(newest, float("inf")).masked_fill(~valid, float("-inf"))
     order = marked.sort(dim=-1, descending=True, stable=True)
     index, best = order.indices[..., :width], order.values[..., :width]
     kept = best > float("-inf")

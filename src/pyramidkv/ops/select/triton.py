@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyramidkv.ops.kernels import dense, power_of_two
 from pyramidkv.ops.select.naive import row_limits
+from pyramidkv.ops.valid import by_head
 
 WHOLE = 32768  # most slots that a program keeps in registers
 STEP = 8192  # most slots whose places are found at once: that takes several registers a slot
@@ -96,7 +97,7 @@ def _write(out, key, block, low, high, place, need, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["limit", "width", "newest"])
 def select_kernel(
-    scores, valid, limits, out, ssb, ssh, svb, slb, slh, heads, slots, limit, width, newest,
+    scores, valid, limits, out, ssb, ssh, svb, svh, slb, slh, heads, slots, limit, width, newest,
     BLOCK: tl.constexpr, STEP: tl.constexpr, TAIL: tl.constexpr, WHOLE: tl.constexpr,
     HAS_VALID: tl.constexpr, FINITE: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
@@ -104,7 +105,7 @@ def select_kernel(
     program = tl.program_id(0).to(tl.int64)
     batch, head = program // heads, program % heads
     scores += batch * ssb + head * ssh
-    valid += batch * svb
+    valid += batch * svb + head * svh
     out += program * width
     if EACH:
         limit = tl.load(limits + batch * slb + head * slh)
@@ -194,10 +195,10 @@ def select(
         limit = limits[0]
     else:
         each = row_limits(limits, scores.device)[:, None].expand(batch, heads)
-    mask = None if valid is None else valid.contiguous().view(torch.uint8)
+    mask = None if valid is None else by_head(valid).contiguous().expand(scores.shape).view(torch.uint8)
     select_kernel[(batch * heads,)](
         scores, scores if mask is None else mask, each, out,
-        *scores.stride()[:2], slots, *each.stride()[:2], heads, slots,
+        *scores.stride()[:2], *(0, 0) if mask is None else mask.stride()[:2], *each.stride()[:2], heads, slots,
         limit, width, max(slots - recent, 0) if mask is None else recent,
         BLOCK=blocks.block, STEP=min(blocks.block, blocks.step), TAIL=min(blocks.block, 1024),
         WHOLE=blocks.block >= slots, HAS_VALID=mask is not None, FINITE=finite, EACH=each is not scores,

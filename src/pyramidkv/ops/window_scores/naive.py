@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pyramidkv.ops.valid import by_head
+
 _BLOCK = 256
 
 
@@ -29,7 +31,7 @@ def window_scores(
         query: (B, Hq, W, D), the queries of the last W of the K tokens, in order.
         key: (B, Hkv, K, D), Hq a multiple of Hkv; query head h reads KV head h // (Hq // Hkv).
         scaling: factor of the logits.
-        valid: (B, K) bool, False for keys that are padding or empty slots; None means that all are real.
+        valid: (B, K) or (B, Hkv, K) bool, False for keys that are padding or empty slots; None means that all are real.
             Queries of invalid tokens do not count.
         power: 1 for the mean, 2 for the root mean square.
         per_visible: let n(j) count only the queries that can see key j, so that the newest keys, which few queries can
@@ -52,7 +54,7 @@ def window_scores(
         row = keys - window * (not behind) + start + torch.arange(block.shape[-2], device=key.device)
         seen = column <= row[:, None]  # (W, K)
         if valid is not None:
-            seen = seen & valid[:, None, None, None, :]
+            seen = seen & by_head(valid)[:, :, None, None, :]
         # Scaled before the product: float16 ends at 65504, which raw products of large keys can pass.
         logits = ((block * scaling) @ wide_key).float()
         probability = logits.masked_fill(~seen, float("-inf")).softmax(-1)  # (B, Hkv, G, W, K)
@@ -67,10 +69,10 @@ def window_scores(
 
 
 def askers(valid: Tensor | None, window: int, behind: bool, asking: Tensor | None) -> Tensor | None:
-    """(B, W) bool: which queries count; None: all of them."""
+    """(B, W) bool: which queries count; None: all of them. New tokens are real in all heads or in none."""
     if behind:
         return asking
-    return None if valid is None else valid[:, valid.shape[1] - window :]
+    return None if valid is None else by_head(valid)[:, 0, valid.shape[-1] - window :]
 
 
 def terms(asking: Tensor | None, keys: int, window: int, per_visible: bool, device: torch.device) -> Tensor:

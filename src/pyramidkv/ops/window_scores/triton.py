@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyramidkv.ops.kernels import dense, parts, power_of_two
+from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores.naive import askers, terms
 
 
@@ -143,7 +144,8 @@ def _lse_step(
 
 @triton.jit
 def lse_kernel(
-    q, k, valid, asking, out, sqb, sqh, sqw, skb, skh, skn, svb, sab, scale, window, keys, past, kv_heads, groups, span,
+    q, k, valid, asking, out, sqb, sqh, sqw, skb, skh, skn, svb, svh, sab,
+    scale, window, keys, past, kv_heads, groups, span,
     SIZE: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PACK: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +161,7 @@ def lse_kernel(
     start, offset, step, row, ok = _rows(tile, query_head, window, groups, sqh, sqw, ROWS, PACK)
     q += batch * sqb + kv_head * groups * sqh + start
     k += batch * skb + kv_head * skh
-    valid += batch * svb
+    valid += batch * svb + kv_head * svh
     query, query_rest = _tile(q, offset, ok, FIRST, REST, SIZE)
     if PACK:
         lowest, highest = 0, window - 1
@@ -225,7 +227,7 @@ def _sum_step(
 
 @triton.jit
 def sum_kernel(
-    q, k, valid, lse, out, sqb, sqh, sqw, skb, skh, skn, svb, scale, window, keys, past, kv_heads, groups,
+    q, k, valid, lse, out, sqb, sqh, sqw, skb, skh, skn, svb, svh, scale, window, keys, past, kv_heads, groups,
     POWER: tl.constexpr, PER_VISIBLE: tl.constexpr,
     SIZE: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PACK: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -266,7 +268,7 @@ def sum_kernel(
                 KEYS, FIRST, REST, SIZE, ROWS, PACK, False, HAS_VALID,
             )  # fmt: skip
     if HAS_VALID:
-        real = tl.load(valid + batch * svb + column, mask=there, other=0) != 0
+        real = tl.load(valid + batch * svb + kv_head * svh + column, mask=there, other=0) != 0
         total = tl.where(real, total, 0.0)
     else:
         if PER_VISIBLE:
@@ -303,7 +305,7 @@ def window_scores(
     per_visible = per_visible and not behind
     masks = None
     if valid is not None and counted is not None:
-        masks = valid.contiguous().view(torch.uint8), counted.contiguous().view(torch.uint8)
+        masks = by_head(valid).contiguous().view(torch.uint8), counted.contiguous().view(torch.uint8)
     lse = log_sum_exp(query, key, scaling, masks, behind)
     out = probability_sums(query, key, scaling, lse, masks, power, per_visible, behind)
     if masks is not None:
@@ -322,7 +324,7 @@ def log_sum_exp(
 ) -> Tensor:
     """Pass 1: the log2-sum-exp of each query's logits, (B, Hq, W) float32; -inf for padding.
 
-    `masks`, uint8: which keys are real, (B, K), and which queries count, (B, W).
+    `masks`, uint8: which keys are real, (B, 1 or Hkv, K), and which queries count, (B, W).
     """
     batch, heads, window, size = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
@@ -338,7 +340,7 @@ def log_sum_exp(
     first, rest = parts(size)
     lse_kernel[(tiles, splits, batch * kv_heads)](
         query, key, key if masks is None else masks[0], key if masks is None else masks[1], part,
-        *query.stride()[:3], *key.stride()[:3], keys, window, scaling * math.log2(math.e),
+        *query.stride()[:3], *key.stride()[:3], *_strides(masks), window, scaling * math.log2(math.e),
         window, keys, keys if behind else keys - window, kv_heads, groups, span,
         SIZE=size, FIRST=first, REST=rest, ROWS=blocks.rows, KEYS=blocks.keys,
         PACK=pack, HAS_VALID=masks is not None, **blocks.options(),
@@ -372,13 +374,20 @@ def probability_sums(
     first, rest = parts(size)
     sum_kernel[(triton.cdiv(keys, blocks.keys), batch * kv_heads)](
         query, key, key if masks is None else masks[0], lse, out,
-        *query.stride()[:3], *key.stride()[:3], keys, scaling * math.log2(math.e),
+        *query.stride()[:3], *key.stride()[:3], *_strides(masks), scaling * math.log2(math.e),
         window, keys, keys if behind else keys - window, kv_heads, groups,
         POWER=power, PER_VISIBLE=per_visible,
         SIZE=size, FIRST=first, REST=rest, ROWS=blocks.rows, KEYS=blocks.keys,
         PACK=window < blocks.rows, HAS_VALID=masks is not None, **blocks.options(),
     )  # fmt: skip
     return out
+
+
+def _strides(masks: tuple[Tensor, Tensor] | None) -> tuple[int, int]:
+    """From row to row and from head to head of the first mask, (B, 1 or Hkv, K)."""
+    if masks is None:
+        return 0, 0
+    return masks[0].stride(0), masks[0].stride(1) if masks[0].shape[1] > 1 else 0
 
 
 def _processors(device: torch.device) -> int:
