@@ -29,6 +29,8 @@ from pyramidkv.ops.decode_attention import naive as decode_naive
 from pyramidkv.ops.decode_attention import triton as decode
 from pyramidkv.ops.packed_attention import naive as packed_naive
 from pyramidkv.ops.packed_attention import triton as packed
+from pyramidkv.ops.packing import naive as packing_naive
+from pyramidkv.ops.packing import triton as packing
 from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import Codes, key_bytes, value_bytes, value_group
 from pyramidkv.ops.select import naive as select_naive
@@ -454,6 +456,23 @@ def packed_row(model: str, rows: int, slots: int, bits: int, bandwidth: float) -
     return row
 
 
+def packing_row(model: str, rows: int, slots: int, bits: int, bandwidth: float) -> dict:
+    """Writing all slots of a prompt into pages."""
+    _, kv_heads, size, dtype = MODELS[model]
+    page = key_bytes(size, bits, 2) + value_bytes(size, bits, 2) + 2 * 64 * size * dtype.itemsize
+    row: dict = {"model": model, "rows": rows, "slots": slots, "bits": bits}
+    row["floor"] = rows * kv_heads * slots // 64 * page / bandwidth / 1e6
+    sets = []
+    for _ in range(3):
+        key, value = (torch.randn(rows, kv_heads, slots, size, device="cuda", dtype=dtype) for _ in range(2))
+        index = torch.arange(slots, device="cuda").expand(rows, kv_heads, slots).contiguous()
+        count = torch.full((rows, kv_heads), slots // 64, device="cuda")
+        sets.append((key, value, index, count, kv_heads * slots // 64, bits, bits))
+    row["kernel"] = microseconds([lambda s=s: packing.pack(*s) for s in sets])
+    row["naive"] = microseconds([lambda s=s: packing_naive.pack(*s) for s in sets[:1]])
+    return row
+
+
 def packed_sweep(model: str, rows: int, slots: int, bits: int, seconds: float) -> dict[str, float]:
     sets = packed_sets(model, rows, slots, bits)
     found: dict[str, float] = {}
@@ -519,6 +538,7 @@ def measure_packed(report: dict) -> None:
     """Decode attention over codes, beside that over 16 bits."""
     report["packed_error"] = check_packed()
     print(f"packed checked after {elapsed():.0f} s", flush=True)
+    report["packing"] = [packing_row(m, r, s, b, report["copy_TBps"]) for m, r, s, b in PACKED if r == 1]
     report["packed"] = [packed_row(*case, report["copy_TBps"]) for case in PACKED]
     print(f"packed after {elapsed():.0f} s", flush=True)
 
@@ -562,7 +582,7 @@ def main() -> None:
     for name, found in report["sweeps"].items():
         print(name + ": " + "; ".join(f"{k} {v:.1f}" for k, v in sorted(found.items(), key=lambda item: item[1])))
     print()
-    for name in ("decode", "scores", "prefill", "eviction", "packed"):
+    for name in ("decode", "scores", "prefill", "eviction", "packing", "packed"):
         if name in report:
             table(report[name])
     print(f"{report['copy_TBps']:.2f} TB/s copied, {report['bf16_TFLOPs']:.0f} TFLOP/s, {elapsed():.0f} s in all")

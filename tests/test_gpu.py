@@ -61,8 +61,8 @@ def test_prefill_without_padding_never_waits_for_the_device():
     plain = model("gpt_neox-2-2-80").to("cuda", torch.float16)
     plain.set_attn_implementation("pyramidkv")
     ids = torch.randint(3, 101, (2, 300), device="cuda")
-    for method in ("pyramidkv", "snapkv"):
-        cache = pyramidkv.PyramidKVCache(plain.config, method=method, keep=0.25)
+    for options in ({"method": "pyramidkv"}, {"method": "snapkv"}, {"method": "snapkv", "bits": 4}):
+        cache = pyramidkv.PyramidKVCache(plain.config, keep=0.25, **options)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:

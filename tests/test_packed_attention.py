@@ -177,6 +177,47 @@ def test_interpreted_packed_attention_in_half_precision(attended):
     assert compare(inputs, None) < 2 * ERROR[torch.float16]
 
 
+def same_pages(dtype, key_bits, value_bits, size, ragged, device="cpu", rows=2, heads=3, slots=150):
+    """Whether the kernel packs what plain torch does, to the last bit."""
+    from pyramidkv.ops.packing import naive as packing_naive
+    from pyramidkv.ops.packing import triton
+
+    fused = random(rows, slots, heads, 2 * size, dtype=dtype, device=device).transpose(1, 2)
+    key, value = fused[..., :size] * 3 + 1, fused[..., size:]
+    index = torch.arange(0, slots, 2, device=device).repeat(rows, heads, 1)
+    width = index.shape[2]
+    used = torch.arange(rows * heads, device=device).reshape(rows, heads) * 31 % (width + 1)
+    index = index.masked_fill(torch.arange(width, device=device) < width - used[..., None], -1)
+    count = (used + 63) // 64 if ragged else torch.full_like(used, -(-width // 64))
+    pages = int(count.sum(1).max()) + ragged
+    with poisoned():
+        got = triton.pack(key, value, index, count, pages, key_bits, value_bits)
+    expected = packing_naive.pack(key, value, index, count, pages, key_bits, value_bits)
+    return all(
+        torch.equal(a, b)
+        for mine, theirs in zip(got, expected, strict=True)
+        for a, b in zip(mine.tensors().values(), theirs.tensors().values(), strict=True)
+    )
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "size", "ragged"),
+    [(8, 8, 80, False), (4, 4, 128, True), (2, 2, 80, True), (4, 2, 32, False), (4, 4, 112, False)],
+)
+def test_interpreted_packing(key_bits, value_bits, size, ragged):
+    assert same_pages(torch.float32 if ragged else torch.float16, key_bits, value_bits, size, ragged)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(8, 8), (4, 4), (2, 2), (4, 2)])
+@pytest.mark.parametrize("size", [32, 64, 80, 96, 112, 128, 256])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_gpu_packing(dtype, key_bits, value_bits, size, ragged):
+    assert same_pages(dtype, key_bits, value_bits, size, ragged, "cuda", 7, 8, 1000)
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fresh", [False, True])

@@ -104,8 +104,9 @@ def _quantize(x: Tensor, dim: int, bits: int, valid: Tensor | None) -> tuple[Ten
     levels = 2**bits - 1
     # Rounded to what is stored before the codes are computed, so that these make up for it.
     zero = low.half()
-    scale = ((high - zero.float()) / levels).half().clamp(min=torch.finfo(torch.float16).tiny)
-    codes = ((x - zero.float()) / scale.float()).round().clamp(0, levels)
+    # By a tensor: CUDA divides by a number of Python as it multiplies by its inverse, which is not quite the same.
+    scale = ((high - zero.float()) / high.new_full((), levels)).half().clamp(min=torch.finfo(torch.float16).tiny)
+    codes = ((x - zero.float()) * scale.float().reciprocal()).round().clamp(0, levels)
     return codes.to(torch.uint8), scale, zero
 
 

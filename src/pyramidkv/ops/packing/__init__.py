@@ -1,0 +1,28 @@
+"""Slots of keys and values written into pages of codes: a Triton kernel where it can run, else plain torch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pyramidkv.ops import kernels
+from pyramidkv.ops.packing import naive
+from pyramidkv.ops.quantize import Codes
+
+__all__ = ["pack"]
+
+
+def pack(
+    key: Tensor, value: Tensor, index: Tensor, count: Tensor, pages: int, key_bits: int, value_bits: int
+) -> tuple[Codes, Codes]:
+    """Pages of codes of the slots `index` of keys and values.
+
+    The definition and the arguments are those of `naive.pack`; the kernel's result is the same to the last bit.
+    """
+    coded = key_bits != 16 and value_bits != 16 and key.shape[-1] == value.shape[-1] <= kernels.LARGEST
+    readable = key.dtype == value.dtype and key.dtype in kernels.READ
+    if coded and readable and index.numel() and kernels.why_no_triton(key.device) is None:
+        from pyramidkv.ops.packing import triton
+
+        with kernels.on(key.device):
+            return triton.pack(key, value, index, count, pages, key_bits, value_bits)
+    return naive.pack(key, value, index, count, pages, key_bits, value_bits)
