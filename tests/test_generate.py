@@ -161,7 +161,7 @@ def test_a_row_with_padding_in_its_second_turn_is_as_alone(method, options):
     plain = model(LLAMA)
     first, first_mask, _ = padded_batch((40, 23, 31))
     second, second_mask, _ = padded_batch((9, 12, 2), seed=5)
-    options = {"method": method, "budget": 16, **options}
+    options = {"method": method, "budget": 16, "heads": "uniform", **options}
     together, many = two_turns(plain, first, second, (first_mask, second_mask), **options)
     for row, (a, b) in enumerate([(40, 9), (23, 12), (31, 2)]):
         alone, one = two_turns(plain, first[row : row + 1, 40 - a :], second[row : row + 1, 12 - b :], **options)
@@ -212,7 +212,7 @@ def test_after_a_forward_with_several_queries_no_layer_is_above_its_budget(data)
     window, recent = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 9))
     amount = data.draw(st.sampled_from([{"budget": recent + 1 + data.draw(st.integers(0, 20))}, {"keep": 0.3}]))
     plain = model(data.draw(st.sampled_from([LLAMA, NEOX])))
-    cache = cache_for(plain, method=method, window=window, recent=recent, **amount)
+    cache = cache_for(plain, method=method, window=window, recent=recent, heads="uniform", **amount)
     ids, mask, positions = padded_batch(lengths)
     width, start = max(lengths), 0
     while start < width:

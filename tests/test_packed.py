@@ -142,11 +142,11 @@ def test_heads_may_keep_unequal_numbers():
     scores = torch.rand(2, 3, 190, generator=torch.Generator().manual_seed(5))
     exact = torch.tensor([[0, 64, 30], [100, 1, 63]])
     coarse = torch.tensor([[70, 3, 64], [0, 80, 10]])
-    levels = [Level(16, 16, 100, exact, 164), Level(4, 8, 80, coarse, 137)]
+    levels = [Level(16, 16, 100, exact, 4), Level(4, 8, 80, coarse, 4)]
     packed = PackedStorage.gather(
         key, value, positions, everything(positions), levels, recent=10, tokens=380, room=2, padded=False, scores=scores
     )
-    assert [tier.pages.row_pages for tier in packed.tiers] == [(164 + 3 * 63) // 64, (137 + 3 * 63) // 64]
+    assert [tier.pages.row_pages for tier in packed.tiers] == [4, 4]
     assert [tier.pages.most for tier in packed.tiers] == [2, 2]
     keys, values = packed.view()
     valid = packed.valid()
@@ -174,9 +174,9 @@ def test_heads_may_keep_unequal_numbers():
 @pytest.mark.parametrize(
     ("levels", "message"),
     [
-        ([Level(4, 4, 100, torch.full((1, 1), 50))], "total=None"),
-        ([Level(4, 4, 100, torch.full((1, 1), 50), 50), Level(2, 2)], "total=None"),
-        ([Level(4, 4, 100, torch.full((1, 1), 50), 49)], "total=49: the heads of a row keep 50 slots"),
+        ([Level(4, 4, 100, torch.full((1, 1), 50))], "pages=None"),
+        ([Level(4, 4, 100, torch.full((1, 1), 50), 1), Level(2, 2)], "pages=None"),
+        ([Level(4, 4, 100, torch.full((1, 1), 70), 1)], "pages=1: the heads of a row need 2"),
         ([Level(4, 4, 100), Level(2, 2)], "scores=None"),
     ],
 )
@@ -201,10 +201,11 @@ def test_uneven_tiers_of_16_bits_change_nothing(name, lengths, monkeypatch):
     more = torch.randint(3, 101, (len(lengths), 60), generator=torch.Generator().manual_seed(8))
     heads = cache_shape(plain.config).layers[0].kv_heads
     limits = torch.arange(len(lengths) * heads).reshape(len(lengths), heads) * 29 % 70
-    uneven = (Level(16, 16, 70, limits, int(limits.sum(1).max())), Level(16, 16, None, None, 250 * heads))
+    pages = int(((limits + 63) // 64).sum(1).max())
+    uneven = (Level(16, 16, 70, limits, pages), Level(16, 16, None, None, 4 * heads))
     found = []
     for tiers in ((), uneven):
-        monkeypatch.setattr("pyramidkv.cache.levels", lambda config, tiers=tiers: tiers)
+        monkeypatch.setattr("pyramidkv.cache.levels", lambda *_, tiers=tiers: tiers)
         cache = pyramidkv.PyramidKVCache(plain.config, method="snapkv", keep=0.6, window=8, room=3)
         out = [plain(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1:]]
         out.append(plain(more[:, :50], past_key_values=cache).logits)

@@ -23,7 +23,7 @@ def observation(query=None, key=None, valid=None, positions=None, layer=0, frequ
 
 
 def score(method, seen, **options):
-    amount = {"window": 2, "recent": 2, "kernel": 1, "budget": 4} | options
+    amount = {"window": 2, "recent": 2, "kernel": 1, "budget": 4, "heads": "uniform"} | options
     config = CompressionConfig(method=method, **amount)
     return METHODS[method].scorer(config).score(seen)
 

@@ -28,8 +28,10 @@ from pyramidkv.errors import ConfigError, PyramidKVError, UnsupportedError
 from pyramidkv.methods import METHODS
 from pyramidkv.ops.attention import attention
 from pyramidkv.ops.decode_attention import decode_attention, why_naive
+from pyramidkv.ops.heads import head_limits
 from pyramidkv.ops.packed_attention import packed_attention
 from pyramidkv.ops.select import select
+from pyramidkv.ops.select.naive import mark
 from pyramidkv.ops.valid import joined
 from pyramidkv.packed import PackedStorage
 from pyramidkv.parallel import first_head
@@ -399,18 +401,18 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             positions = torch.cat([self.storage.positions[:, :, : self.storage.length], positions], dim=2)
         final = [max(pair) for pair in zip(self.counts, self.expected or self.counts, strict=True)]
         allowed = limits(self.plan, self.rank, final, itemsize=self._stored_as(key).itemsize)
-        self.held = [min(n, limit) for n, limit in zip(self.held, allowed, strict=True)]
+        available = self.held
+        self.held = [min(n, limit) for n, limit in zip(available, allowed, strict=True)]
         width = max(self.held)
         padded = min(self.held) < width
-        self.storage = None  # the old buffer may go before the new one is made
-        if width == slots and not padded:
-            if levels(self.plan.config):
+        if width == slots and not padded and not isinstance(self.storage, PackedStorage):
+            if self.plan.config.packs:
                 self.settled = self.seen + query.shape[2]
-            self._keep(key, value, positions, None, padded, None)
+            self._keep(key, value, positions, None, padded, None, available)
             return
         self.settled = self.seen + query.shape[2]
-        index, scores = self._choose(query, key, value, valid, positions, scaling)
-        self._keep(key, value, positions, index, padded, scores)
+        index, scores = self._choose(query, key, value, valid, positions, scaling, available)
+        self._keep(key, value, positions, index, padded, scores, available)
 
     def make_room(self, new: int) -> None:
         """Before `new` tokens are added while decoding: evict, if that many would be too many for `slack`."""
@@ -431,11 +433,12 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         key, value = storage.view()
         positions = storage.positions[:, :, : storage.length]
         query = key[:, :, :0] if self.ring is None else self.ring.newest(storage.length)
-        self.held = [min(n, limit) for n, limit in zip(self.held, allowed, strict=True)]
+        available = self.held
+        self.held = [min(n, limit) for n, limit in zip(available, allowed, strict=True)]
         padded = min(self.held) < max(self.held)
-        index, scores = self._choose(query, key, value, storage.valid(), positions, self.scaling)
+        index, scores = self._choose(query, key, value, storage.valid(), positions, self.scaling, available)
         if isinstance(storage, PackedStorage):
-            self._keep(key, value, positions, index, padded, scores)
+            self._keep(key, value, positions, index, padded, scores, available)
         else:
             storage.keep(index, padded)
         if self.ring is not None:
@@ -453,7 +456,14 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.ring.drop(self.ring.count)
 
     def _choose(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, positions: Tensor, scaling: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None,
+        positions: Tensor,
+        scaling: float,
+        available: list[int],
     ) -> tuple[Tensor, Tensor]:
         """The slots to keep, (B, H, width) as `select` gives them, as many as `held`; and all scores (B, H, K)."""
         if self.scorer is None:
@@ -467,8 +477,12 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
                     f"method={self.plan.config.method!r}: score() returned {tuple(scores.shape)}; "
                     f"it must be (B, Hkv, K), here {tuple(positions.shape)}"
                 )
-        index = select(scores, self.held, max(self.held), recent=self.plan.config.recent, valid=valid, finite=True)
-        return index, scores
+        recent = self.plan.config.recent
+        if self.plan.config.heads == "uniform":
+            return select(scores, self.held, max(self.held), recent=recent, valid=valid, finite=True), scores
+        scores = mark(scores, recent=recent, valid=valid, finite=True)
+        each = head_limits(scores, self.held, available, recent)
+        return select(scores, each, scores.shape[2]), scores
 
     def _stored_as(self, like: Tensor) -> torch.dtype:
         name = self.plan.config.kv_dtype
@@ -476,11 +490,20 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         return dtype
 
     def _keep(
-        self, key: Tensor, value: Tensor, positions: Tensor, index: Tensor | None, padded: bool, scores: Tensor | None
+        self,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        index: Tensor | None,
+        padded: bool,
+        scores: Tensor | None,
+        available: list[int],
     ) -> None:
         """Store the slots `index`, or all."""
         config, dtype = self.plan.config, self._stored_as(key)
-        precisions = levels(config)
+        even = not isinstance(self.storage, PackedStorage)
+        precisions = levels(config, key.shape[1], self.held, available, even)
+        self.storage = None  # the old buffers may go before the new ones are made
         if precisions:
             if index is None:
                 index = torch.arange(key.shape[2], device=key.device).expand(positions.shape)

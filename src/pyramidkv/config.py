@@ -12,9 +12,11 @@ from typing import Any
 
 from pyramidkv.errors import ConfigError
 from pyramidkv.methods import METHODS
+from pyramidkv.ops.quantize import PAGE
 
 AMOUNTS = ("budget", "keep", "share", "bytes")
 BITS = (16, 8, 4, 2)
+HEADS = ("uniform", "adaptive")
 DECODES = ("auto", "eager", "graph", "compiled")
 KV_DTYPES = ("auto", "float32", "float16", "bfloat16")
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -42,6 +44,8 @@ class CompressionConfig:
             5 for most methods, 1 for "rms" and "auto".
         pooling: "avg" or "max".
         beta: slope of the pyramid (PyramidKV, section 4.2); 1 is uniform, larger is steeper.
+        heads: "uniform": every KV head of a layer keeps as many tokens; "adaptive": the pages of 64 tokens that a layer
+            can hold go to the heads whose scores are highest (Ada-KV, arXiv 2407.11550). "adaptive" for "auto".
         sinks: first tokens kept by "streamingllm" (arXiv 2309.17453).
         seed: of "random".
         bits: of a stored number: 16 stores it in `kv_dtype`; 8, 4 or 2 store codes, keys scaled per channel over
@@ -64,6 +68,7 @@ class CompressionConfig:
     recent: int = None  # type: ignore[assignment]  # the method's own
     kernel: int = None  # type: ignore[assignment]  # the method's own
     pooling: str = "avg"
+    heads: str = None  # type: ignore[assignment]  # the method's own
     beta: float = 20.0
     sinks: int = 4
     seed: int = 0
@@ -96,9 +101,11 @@ class CompressionConfig:
                 raise ConfigError(f"slack={self.slack}: method='full' keeps everything and evicts nothing")
         if self.method == "full" and self.bits != 16:
             raise ConfigError(f"bits={self.bits}: method='full' stores what the model computes; use keep=1.0 instead")
+        if self.method == "full" and self.heads != "uniform":
+            raise ConfigError(f"heads={self.heads!r}: method='full' keeps everything in every head")
         if self.kernel % 2 == 0:
             raise ConfigError(f"kernel={self.kernel}: must be odd, so that a pooled score stays at its token")
-        for name, allowed in (("kv_dtype", KV_DTYPES), ("decode", DECODES)):
+        for name, allowed in (("heads", HEADS), ("kv_dtype", KV_DTYPES), ("decode", DECODES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: {unknown(getattr(self, name), allowed)}")
         if self.pooling not in ("avg", "max"):
@@ -116,7 +123,8 @@ class CompressionConfig:
             if self.budget < self.floor:
                 raise ConfigError(
                     f"budget={self.budget}: must be at least {self.floor} tokens per layer "
-                    f"(recent={self.recent} are always kept, and one more); lower recent or window to go below"
+                    f"(recent={self.recent} are always kept, and {self.floor - self.recent} more); lower recent or "
+                    "window to go below"
                 )
 
     @classmethod
@@ -130,8 +138,13 @@ class CompressionConfig:
 
     @property
     def floor(self) -> int:
-        """The fewest tokens that a layer may keep."""
-        return self.recent + 1
+        """The fewest tokens that a layer may keep; heads that differ have at least a page each to go by."""
+        return self.recent + (PAGE if self.heads == "adaptive" else 1)
+
+    @property
+    def packs(self) -> bool:
+        """Whether older slots are stored in pages."""
+        return self.bits != 16 or self.heads == "adaptive"
 
     @property
     def free(self) -> int:
@@ -155,11 +168,12 @@ class CompressionConfig:
         recent = self.window
         if method.recent is not None and isinstance(recent, int):
             recent = min(method.recent, recent)
-        return {"window": method.window, "kernel": method.kernel, "bits": method.bits, "recent": recent}
+        own = {name: getattr(method, name) for name in ("window", "kernel", "bits", "heads")}
+        return own | {"recent": recent}
 
     def _fill(self) -> None:
         """Put the method's own values where none were given."""
-        for name in ("window", "kernel", "bits", "recent"):  # the last may depend on the first
+        for name in ("window", "kernel", "bits", "heads", "recent"):  # the last may depend on the first
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self._own()[name])
 

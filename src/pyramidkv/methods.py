@@ -23,6 +23,7 @@ class Method:
     recent: int | None = None  # None: as many as `window`
     kernel: int = 5
     bits: int = 16
+    heads: str = "uniform"
 
 
 METHODS: dict[str, Method] = {"full": Method("full", "uniform", None, "keep everything: the baseline")}
@@ -34,7 +35,7 @@ def register(
     """Make a scorer available as `method=name`, with layer budgets by `schedule` ("uniform" or "pyramid").
 
     `summary` is one line for lists of methods; without it, the first line of the scorer's docstring. `settings` are the
-    method's own values of `window`, `recent`, `kernel` and `bits`, where they differ from the usual.
+    method's own values of `window`, `recent`, `kernel`, `bits` and `heads`, where they differ from the usual.
     """
 
     def add(scorer: ScorerClass) -> ScorerClass:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyramidkv.ops.bitmap import pack_positions, unpack_positions
-from pyramidkv.ops.pages import Pages, page_bound
+from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import PAGE, key_bytes, value_bytes
 from pyramidkv.ops.valid import joined
 from pyramidkv.storage import Spec, Storage
@@ -23,14 +23,14 @@ from pyramidkv.storage import Spec, Storage
 class Level(NamedTuple):
     """What a tier is to hold of the slots of each row and head that are not the newest.
 
-    Where heads differ, by `limits` or because the index of slots gives them unequal numbers, `total` must be given.
+    Where heads differ, by `limits` or because the index of slots gives them unequal numbers, `pages` must be given.
     """
 
     key_bits: int
     value_bits: int
     slots: int | None = None  # the most that any head may have; None: all that the levels before have left
     limits: Tensor | None = None  # (B, H) integers, each at most `slots`: what each row and head may have
-    total: int | None = None  # the most of the heads of a row together; None: all heads of a row have equally many
+    pages: int | None = None  # of the heads of a row together; None: what the slots need, alike in each head
 
 
 class Tier(NamedTuple):
@@ -107,7 +107,7 @@ class PackedStorage:
                 chosen,
                 level.key_bits,
                 level.value_bits,
-                level.total,
+                level.pages,
             )
             tiers.append(Tier(pages, pack_positions(where, tokens)))
         return cls(tuple(tiers), newest)
@@ -193,8 +193,8 @@ def _split(index: Tensor, levels: Sequence[Level], scores: Tensor | None) -> lis
     uneven = False
     for level in levels:
         uneven |= level.limits is not None
-        if uneven and level.total is None:
-            raise ValueError("total=None: where heads have limits of their own, their sum is needed from there on")
+        if uneven and level.pages is None:
+            raise ValueError("pages=None: where heads have limits of their own, their sum is needed from there on")
     if scores is None:
         raise ValueError("scores=None: what goes to which level is decided by the scores of the slots")
     worst = torch.finfo(torch.float32).min
@@ -230,5 +230,6 @@ def packed_bytes(spec: Spec, kept: int, levels: Sequence[Level], *, recent: int,
         page = key_bytes(spec.key_width, level.key_bits, spec.itemsize)
         page += value_bytes(spec.value_width, level.value_bits, spec.itemsize)
         layout = spec.heads * (3 * 4 + -(-tokens // 8))
-        size += spec.rows * (page_bound(spec.heads, slots, level.total) * page + layout)
+        pages = spec.heads * -(-slots // PAGE) if level.pages is None else level.pages
+        size += spec.rows * (pages * page + layout)
     return size

@@ -10,6 +10,7 @@ from pyramidkv.budget import layer_budgets, total_for_share
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError
 from pyramidkv.methods import METHODS
+from pyramidkv.ops.heads import row_pages
 from pyramidkv.packed import Level, packed_bytes
 from pyramidkv.ring import SPARE
 from pyramidkv.shape import CacheShape
@@ -101,7 +102,7 @@ class Plan:
             packed_bytes(
                 self._spec(layer, batch, itemsize),
                 kept,
-                levels(config),
+                levels(config, self.shape.layers[layer].kv_heads, [kept], [tokens]),
                 recent=config.recent,
                 tokens=tokens,
                 room=config.free,
@@ -129,9 +130,17 @@ class Plan:
         return batch * total
 
 
-def levels(config: CompressionConfig) -> tuple[Level, ...]:
-    """The precisions that older slots are stored in; none: all stay as the model computes them."""
-    return () if config.bits == 16 else (Level(config.bits, config.bits),)
+def levels(
+    config: CompressionConfig, heads: int, shares: Sequence[int], available: Sequence[int], even: bool = True
+) -> tuple[Level, ...]:
+    """How older slots are stored in pages; none: they lie as the model computes them, as many in every head.
+
+    `heads` KV heads keep `shares` of the `available` slots of each row, on average; `even`: all have as many now.
+    """
+    if config.heads == "uniform":
+        return () if config.bits == 16 else (Level(config.bits, config.bits),)
+    pages = (row_pages(heads, *row, config.recent, even) for row in zip(shares, available, strict=True))
+    return (Level(config.bits, config.bits, pages=max(pages, default=0)),)
 
 
 def ring_size(config: CompressionConfig) -> int | None:

@@ -83,7 +83,6 @@ class WindowScorer(Scorer):
         return scores
 
 
-@register("auto", window=1024, recent=32, kernel=1, bits=4, summary="rms in 4 bits: more tokens in the same bytes.")
 @register("rms", window=1024, recent=32, kernel=1)
 class WideWindowScorer(WindowScorer):
     """Root mean square attention from the last `window` queries, over those that can see a key."""
@@ -92,6 +91,15 @@ class WideWindowScorer(WindowScorer):
         return window_scores(query, seen.key, seen.scaling, seen.valid, power=2, per_visible=True)
 
 
+@register(
+    "auto",
+    window=512,
+    recent=32,
+    kernel=1,
+    bits=4,
+    heads="adaptive",
+    summary="echo in 4 bits, with budgets by head: the least loss for the bytes.",
+)
 @register("echo", window=512, recent=32, kernel=1)
 class EchoScorer(WindowScorer):
     """Root mean square attention from queries of the whole prompt, as if they were asked again behind it.
@@ -119,7 +127,8 @@ class EchoScorer(WindowScorer):
         step = torch.arange(count, device=query.device)
         if seen.valid is None:
             return query[:, :, new - 1 - _spread(step, newest, new, count)], None
-        real = seen.valid[:, -new:].sum(-1, keepdim=True)
+        valid = seen.valid if seen.valid.ndim == 2 else seen.valid[:, 0]  # new tokens are real in all heads or none
+        real = valid[:, -new:].sum(-1, keepdim=True)
         back = _spread(step, newest, real.clamp(min=count), count)  # (B, N): a row is asked the same in any batch
         index = (new - 1 - back).clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
         return query.gather(2, index), back < real

@@ -36,25 +36,25 @@ class Pages:
 
     @classmethod
     def gather(
-        cls, key: Tensor, value: Tensor, index: Tensor, key_bits: int, value_bits: int, total: int | None = None
+        cls, key: Tensor, value: Tensor, index: Tensor, key_bits: int, value_bits: int, pages: int | None = None
     ) -> Pages:
         """Pages of the slots `index` (B, H, W) of (B, H, K, *) keys and values; -1s, in front, for none.
 
-        With `total`, each head gets the pages that its slots need, and `total` is the most that the heads of a row may
-        have together. Without, every head gets the pages that W slots need. Nothing is read back from the device.
+        With `pages`, each head gets those that its slots need, and a row has room for that many. Without, every head
+        gets the pages that W slots need. Nothing is read back from the device.
         """
         rows, heads, width = index.shape
         device = index.device
         used = (index >= 0).sum(-1)
         each = -(-width // PAGE)
-        if total is None:
+        even = pages is None
+        if pages is None:
             pages = heads * each
             count = torch.full_like(used, each)
         else:
-            pages = page_bound(heads, width, total)
             count = (used + PAGE - 1) // PAGE
-            if device.type == "cpu" and rows and int(used.sum(1).max()) > total:  # elsewhere looking would take time
-                raise ValueError(f"total={total}: the heads of a row keep {int(used.sum(1).max())} slots")
+            if device.type == "cpu" and rows and int(count.sum(1).max()) > pages:  # elsewhere looking would take time
+                raise ValueError(f"pages={pages}: the heads of a row need {int(count.sum(1).max())}")
         last = count.cumsum(-1)
         first = last - count
         page = torch.arange(pages, device=device)
@@ -69,7 +69,7 @@ class Pages:
         keys = quantize_keys(key.detach()[taken], key_bits, slot >= 0)
         values = quantize_values(value.detach()[taken], value_bits)
         first, count, start = (t.to(torch.int32) for t in (first, count, count * PAGE - used))
-        return cls(keys, values, first, count, start, total is None)
+        return cls(keys, values, first, count, start, even)
 
     @property
     def row_pages(self) -> int:
@@ -109,9 +109,3 @@ class Pages:
         codes = {"keys": self.keys, "values": self.values}
         named = {f"{kind}.{name}": t for kind, c in codes.items() for name, t in c.tensors().items()}
         return named | {"first": self.first, "count": self.count, "start": self.start}
-
-
-def page_bound(heads: int, width: int, total: int | None) -> int:
-    """Pages of a row whose heads have at most `width` slots each and, if given, `total` together."""
-    each = heads * -(-width // PAGE)
-    return each if total is None else min(each, (total + heads * (PAGE - 1)) // PAGE)

@@ -38,15 +38,7 @@ def select(
         (B, H, width) int64 indices into K, rising; rows that keep fewer than `width` begin with -1.
         Equal scores are settled in favour of the earlier slot, so that a selection does not depend on the device.
     """
-    infinity = -_LEAST if finite else float("inf")
-    marked = scores.float().nan_to_num(nan=_LEAST, neginf=-infinity, posinf=infinity)
-    if valid is None:
-        marked[..., max(scores.shape[-1] - recent, 0) :] = float("inf")
-    else:  # counted from each row's own end: there may be padding among the last slots
-        valid = by_head(valid)
-        newest = valid.flip(-1).cumsum(-1).flip(-1) <= recent
-        marked = marked.masked_fill(newest, float("inf")).masked_fill(~valid, float("-inf"))
-    order = marked.sort(dim=-1, descending=True, stable=True)
+    order = mark(scores, recent=recent, valid=valid, finite=finite).sort(dim=-1, descending=True, stable=True)
     index, best = order.indices[..., :width], order.values[..., :width]
     kept = best > float("-inf")
     if isinstance(limits, Tensor):
@@ -54,6 +46,19 @@ def select(
     elif min(limits) < width:
         kept &= torch.arange(width, device=scores.device) < row_limits(limits, scores.device)[:, None, None]
     return index.masked_fill(~kept, -1).sort(dim=-1).values
+
+
+def mark(scores: Tensor, *, recent: int = 0, valid: Tensor | None = None, finite: bool = False) -> Tensor:
+    """(B, H, K) float32: +inf for what `select` must keep, -inf for what it must not, the scores for the rest."""
+    infinity = -_LEAST if finite else float("inf")
+    marked = scores.float().nan_to_num(nan=_LEAST, neginf=-infinity, posinf=infinity)
+    if valid is None:
+        marked[..., max(scores.shape[-1] - recent, 0) :] = float("inf")
+        return marked
+    # Counted from each row's own end: there may be padding among the last slots.
+    valid = by_head(valid)
+    newest = valid.flip(-1).cumsum(-1).flip(-1) <= recent
+    return marked.masked_fill(newest, float("inf")).masked_fill(~valid, float("-inf"))
 
 
 def row_limits(limits: Sequence[int], device: torch.device) -> Tensor:
