@@ -1,7 +1,7 @@
 """Quality of long texts: eviction while decoding, and prompts compressed chunk by chunk. Python reference, CPU.
 
     python benchmarks/long_texts.py decoding --prompt 512 --target 3000 --chunks 4 --seconds 1500
-    python benchmarks/long_texts.py chunks --context 3584 --target 511 --chunks 12 --seconds 1500
+    python benchmarks/long_texts.py chunks --context 3584 --target 511 --chunks 12 --batch 1 --seconds 1500
 
 `decoding`: a prompt, then every token of the continuation fed one by one, as it is while generating; what is scored is
 the prediction of each next token. `chunks`: the context fed in chunks of the given sizes, each layer back at its budget
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
+from pyramidkv.chunks import prefill
 from pyramidkv.evaluate import texts
 from pyramidkv.evaluate.schema import mean_interval
 from pyramidkv.models.source import load_model
@@ -40,8 +41,8 @@ DECODING: list[dict[str, Any]] = [
 CHUNKS: list[dict[str, Any]] = [
     {"method": "full"},
     *(
-        {"method": m, "keep": 0.25, "chunk": c, **({"bits": 4, "keep": 0.8} if m == "auto" else {})}
-        for m in ("snapkv", "pyramidkv", "rms", "h2o", "streamingllm", "auto")
+        {"method": m, "share" if m == "auto" else "keep": 0.25, "chunk": c}
+        for m in ("rms", "snapkv", "auto", "h2o")
         for c in (None, 1024, 512)
     ),
 ]
@@ -63,9 +64,8 @@ def decoding(model: Any, ids: Tensor, setting: dict[str, Any], prompt: int) -> t
 def chunked(model: Any, ids: Tensor, setting: dict[str, Any], prompt: int) -> tuple[Tensor, PyramidKVCache]:
     """Nats per token of each row (B,) of the target, after the context has come in chunks."""
     options = {name: value for name, value in setting.items() if name != "chunk"}
-    cache = PyramidKVCache(model.config, **options)
-    for part in ids[:, :prompt].split(setting.get("chunk") or prompt, dim=1):
-        model(part, past_key_values=cache, logits_to_keep=1)
+    cache = PyramidKVCache(model.config, kv_dtype="float16", room=1, **options)
+    prefill(model, ids[:, :prompt], cache, chunk=setting.get("chunk") or prompt)
     logits = model(ids[:, prompt:-1], past_key_values=cache).logits
     losses = cross_entropy(logits.float().transpose(1, 2), ids[:, prompt + 1 :], reduction="none")
     return losses.mean(1), cache

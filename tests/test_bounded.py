@@ -161,6 +161,24 @@ def test_assisted_decoding_is_bounded(name):
     assert max(layer.kept_tokens for layer in session.report().layers) <= 16 + 12
 
 
+@torch.no_grad()
+def test_drafts_beyond_the_slack_evict_nothing_that_the_budget_allows():
+    """Before any token was decoded there are no queries to choose by, and nothing is above its budget."""
+    plain = model(LLAMA)
+    cache = cache_for(plain, method="snapkv", budget=16, slack=2)
+    ids = padded_batch((40,))[0]
+    plain(ids, past_key_values=cache)
+    before = [kept(layer) for layer in cache.layers]
+    cache.expect_drafts(4)
+    plain(ids[:, :4], past_key_values=cache)
+    assert [kept(layer) for layer in cache.layers] == [[*had, 40, 41, 42, 43] for had in before]
+    cache.crop(-3)
+    plain(ids[:, 4:8], past_key_values=cache)  # no query is left to choose by: this waits
+    assert [len(kept(layer)) for layer in cache.layers] == [16 + 1 + 4] * 3
+    plain(ids[:, 8:12], past_key_values=cache)
+    assert [len(kept(layer)) for layer in cache.layers] == [16 + 4] * 3
+
+
 def test_bytes_are_those_of_the_plan_and_hold_for_ever():
     plain = model(LLAMA)
     for options in ({"method": "rms", "bytes": "120kB"}, {"method": "knorm", "share": 0.5}):
@@ -188,6 +206,8 @@ def test_a_ring_of_queries():
     assert ring.newest(31)[0, 0, :, 0].tolist() == [26, 27, 28, 35, 36]
     ring.drop(9)
     assert ring.newest(31).shape == (1, 2, 0, 3)
+    ring.push(torch.cat(list(queries[:12]), 2), 31)  # more than it has places for
+    assert ring.newest(43)[0, 0, :, 0].tolist() == [7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("slack", [0, -1, 2.5, True, "8"])

@@ -424,7 +424,9 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         # Packing leaves slots that no row uses.
         empty = storage.length - max(self.held) if isinstance(storage, PackedStorage) else 0
         self.full_at = max(allowed) + slack + empty
-        if storage.length + new > self.full_at:
+        above = any(n > limit for n, limit in zip(self.held, allowed, strict=True))
+        asked = self.ring is None or self.ring.count > 0  # with no query to choose by, it waits for one
+        if above and asked and storage.length + new > self.full_at:
             self._evict_decoded(storage, allowed)
 
     @torch.no_grad()

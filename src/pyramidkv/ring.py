@@ -37,7 +37,9 @@ class QueryRing:
     def push(self, query: Tensor, slot: int) -> None:
         """Take the (B, Hq, T, D) queries of the tokens in the slots from `slot` on."""
         new = query.shape[2]
-        self.queries.index_copy_(2, self._places(slot, new), query.detach().to(self.queries.dtype))
+        fits = min(new, self.queries.shape[2])
+        places = self._places(slot + new - fits, fits)
+        self.queries.index_copy_(2, places, query[:, :, new - fits :].detach().to(self.queries.dtype))
         self.pushed(new)
 
     def pushed(self, tokens: int) -> None:

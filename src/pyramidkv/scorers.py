@@ -23,7 +23,7 @@ from pyramidkv.rotary import Rotary
 class Observation:
     """What one layer shows a scorer after a forward of Q tokens: K keys, of which the last Q are new."""
 
-    query: Tensor  # (B, Hq, Q, D), rotated, new tokens only
+    query: Tensor  # (B, Hq, Q, D), rotated, new tokens only; while decoding, those since the last eviction
     key: Tensor  # (B, Hkv, K, D), rotated
     value: Tensor  # (B, Hkv, K, D)
     scaling: float
