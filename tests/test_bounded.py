@@ -154,7 +154,7 @@ def test_plain_generate_stays_bounded_and_equals_itself():
 def test_assisted_decoding_is_bounded(name):
     plain = model(name)
     ids = padded_batch((10,))[0].repeat(1, 6)
-    options = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1000}
     with pyramidkv.compress(plain, method="snapkv", budget=16, window=4, slack=12) as session:
         out = plain.generate(ids, attention_mask=torch.ones_like(ids), prompt_lookup_num_tokens=3, **options)
     assert out.shape[1] == 120
