@@ -48,7 +48,7 @@ AMOUNTS = [{"budget": 12}, {"keep": 0.3}, {"share": 0.5}, {"bytes": "140kB"}]
 def test_no_layer_ever_holds_more_than_its_budget_and_the_slack(method, amount):
     plain = model(LLAMA)
     lengths = (50, 9, 31)
-    cache = cache_for(plain, method=method, **amount)
+    cache = cache_for(plain, method=method, heads="uniform", **amount)
     buffers, most = {}, 0
 
     def check():
@@ -71,6 +71,22 @@ def test_no_layer_ever_holds_more_than_its_budget_and_the_slack(method, amount):
     assert cache.get_seq_length() == 110
     assert most < 110
     assert cache.report().evicted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [16, 4])
+def test_heads_of_unequal_numbers_stay_bounded_together(bits):
+    plain = model(LLAMA)
+    cache = cache_for(plain, method="rms", heads="adaptive", budget=80, bits=bits, slack=10)
+    ids = padded_batch((240,))[0]
+    plain(ids[:, :200], past_key_values=cache)
+    for i in range(200, 240):
+        assert plain(ids[:, i : i + 1], past_key_values=cache).logits.isfinite().all()
+        for layer in cache.layers:
+            assert layer.held[0] <= 90
+            assert sum(len(kept(layer, head=head)) for head in range(2)) <= 2 * 90
+            for head in range(2):
+                assert kept(layer, head=head)[-4:] == list(range(i - 3, i + 1))
 
 
 @torch.no_grad()
