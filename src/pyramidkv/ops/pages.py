@@ -13,14 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyramidkv.ops.quantize import (
-    PAGE,
-    Codes,
-    dequantize_keys,
-    dequantize_values,
-    quantize_keys,
-    quantize_values,
-)
+from pyramidkv.ops.packing import pack
+from pyramidkv.ops.quantize import PAGE, Codes, dequantize_keys, dequantize_values
 
 
 @dataclass(frozen=True)
@@ -55,19 +49,8 @@ class Pages:
             count = (used + PAGE - 1) // PAGE
             if device.type == "cpu" and rows and int(count.sum(1).max()) > pages:  # elsewhere looking would take time
                 raise ValueError(f"pages={pages}: the heads of a row need {int(count.sum(1).max())}")
-        last = count.cumsum(-1)
-        first = last - count
-        page = torch.arange(pages, device=device)
-        owner = (page >= last[..., None]).sum(1).clamp(max=heads - 1)  # (B, pages)
-        behind = count.gather(1, owner) - (page - first.gather(1, owner))  # pages from this one to the head's last
-        column = width - PAGE * behind[..., None] + torch.arange(PAGE, device=device)  # (B, pages, 64), of `index`
-        there = (column >= 0) & (column < width)
-        place = owner[..., None] * width + column.clamp(0, max(width - 1, 0))
-        slot = index.flatten(1).gather(1, place.flatten(1)).view_as(place).masked_fill(~there, -1)
-        row = torch.arange(rows, device=device)[:, None, None]
-        taken = (row, owner[..., None], slot.clamp(min=0))
-        keys = quantize_keys(key.detach()[taken], key_bits, slot >= 0)
-        values = quantize_values(value.detach()[taken], value_bits)
+        first = count.cumsum(-1) - count
+        keys, values = pack(key.detach(), value.detach(), index, count, pages, key_bits, value_bits)
         first, count, start = (t.to(torch.int32) for t in (first, count, count * PAGE - used))
         return cls(keys, values, first, count, start, even)
 
