@@ -54,6 +54,19 @@ def test_tokens_and_usage_are_those_of_the_eager_path(name, padded):
         assert session.report() == usage
 
 
+@pytest.mark.parametrize("options", [{"bits": 4}, {"method": "echo", "heads": "adaptive", "bits": 8}], ids=str)
+@pytest.mark.parametrize("name", ["llama-4-2-32", "gpt_neox-2-2-80"])
+def test_packed_caches_too(name, options):
+    plain = model(name)
+    ids, mask, _ = padded_batch((300, 140, 120))
+    options = {"keep": 0.5, "window": 6, "room": 50, **options}
+    expected, usage = eager(plain, ids, mask, **options)
+    with pyramidkv.compress(plain, **options) as session:
+        assert torch.equal(plain.generate(ids, attention_mask=mask, **ARGUMENTS), expected)
+        assert session._graph.captures == 1
+        assert session.report() == usage
+
+
 def test_a_second_prompt_lies_in_the_same_buffers_and_captures_nothing():
     plain = model("llama-4-2-32")
     ids, mask, _ = padded_batch((61, 40, 23))

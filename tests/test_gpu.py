@@ -88,6 +88,21 @@ def test_peak_memory_of_a_prefill_falls():
     assert held(keep=0.25) < 0.35 * held(method="full")
 
 
+@pytest.mark.parametrize("options", [{"bits": 8}, {"method": "echo", "heads": "adaptive", "bits": 16}], ids=str)
+@pytest.mark.parametrize("name", ["gpt_neox-2-2-80", "llama-4-2-32"])
+def test_captured_steps_over_packed_caches(name, options):
+    plain = model(name).cuda()
+    ids, mask, _ = (t.cuda() for t in padded_batch((400, 300, 200)))
+    options = {"keep": 0.5, "window": 6, "room": 60, **options}
+    arguments = {"max_new_tokens": 50, "min_new_tokens": 50, "do_sample": False, "pad_token_id": 0}
+    found = []
+    for decode in ("eager", "graph"):
+        with pyramidkv.compress(plain, decode=decode, **options) as session:
+            found.append(plain.generate(ids, attention_mask=mask, **arguments))
+    assert session._graph.captures == 1
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("decode", ["graph", "compiled"])
 @pytest.mark.parametrize("name", ["gpt_neox-2-2-80", "llama-4-2-32", "qwen3-4-2-32"])
 def test_captured_steps_give_the_tokens_of_the_eager_path(name, decode):

@@ -280,15 +280,17 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def foresee(self) -> None:
         """Write the positions of tokens to come into the free slots, as if all of them were real."""
-        assert isinstance(self.storage, Storage)
-        free = self.storage.capacity - self.storage.length
-        self.storage.positions[:, :, self.storage.length :] = self._columns(free, self.storage.keys.device)
+        assert self.storage is not None
+        storage = self.storage.newest
+        storage.positions[:, :, storage.length :] = self._columns(
+            storage.capacity - storage.length, storage.keys.device
+        )
 
     def advance(self) -> None:
         """Take note of one more token in every row, whose key, value and position are in the next free slot."""
-        assert isinstance(self.storage, Storage)
-        self.storage.length += 1
-        self.storage.appended += 1
+        assert self.storage is not None
+        self.storage.newest.length += 1
+        self.storage.newest.appended += 1
         if self.ring is not None:
             self.ring.pushed(1)
         self.counts = [n + 1 for n in self.counts]
@@ -359,7 +361,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         storage = self.storage
         assert storage is not None
-        new = storage.new if isinstance(storage, PackedStorage) else storage
+        new = storage.newest
         as_it_lies = query.shape[2] == 1 and new.dtype == query.dtype and dropout == 0 and not new.holes
         if as_it_lies and why_naive(query) is None:
             if isinstance(storage, PackedStorage):

@@ -113,6 +113,11 @@ class PackedStorage:
         return cls(tuple(tiers), newest)
 
     @property
+    def newest(self) -> Storage:
+        """What new tokens are written into."""
+        return self.new
+
+    @property
     def length(self) -> int:
         """Slots in use of each row and head, empty ones included."""
         return sum(tier.pages.most for tier in self.tiers) * PAGE + self.new.length

@@ -147,6 +147,11 @@ class Storage:
         """(B, length) bool, False for empty slots; None when there can be none."""
         return self.positions[:, 0, : self.length] >= 0 if self.padded else None
 
+    @property
+    def newest(self) -> Storage:
+        """What new tokens are written into: all of it."""
+        return self
+
     def buffers(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and positions, free slots too."""
         return self.keys, self.values, self.positions

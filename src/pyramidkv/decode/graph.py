@@ -20,6 +20,8 @@ from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.pool import Pool
 from pyramidkv.decode.step import PLACES, Place, Step, StepCache, step_of
 from pyramidkv.ops import kernels
+from pyramidkv.ops.pages import Pages
+from pyramidkv.packed import PackedStorage
 from pyramidkv.shape import cache_shape
 from pyramidkv.storage import Storage
 
@@ -62,8 +64,6 @@ def why_eager(model: Any, config: CompressionConfig) -> str | None:
     shape = cache_shape(model.config)
     if len(shape.compressed) < len(shape.layers):
         return "some layers have a sliding window, and those are not compressed"
-    if config.bits != 16:
-        return f"bits={config.bits}: packed caches are not decoded in a graph"
     if config.kv_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         return f"kv_dtype={config.kv_dtype!r} is not what the model computes in"
     return None
@@ -110,14 +110,17 @@ class DecodeGraph:
         layers: list[PyramidKVLayer] = cache.layers
         for layer in layers:
             layer.make_room(1)
-        storages = [layer.storage for layer in layers if type(layer.storage) is Storage and not layer.storage.holes]
-        if len(storages) < len(layers):
+        if any(layer.storage is None or (layer.ring is not None and _pages(layer)) for layer in layers):
+            return None  # the queries of a packed layer lie by a length that the device does not know
+        storages = [layer.storage.newest for layer in layers if layer.storage is not None]
+        if any(s.holes for s in storages):
             return None
         free = min(s.capacity - s.length for s in storages)
         rings = [layer.ring.queries for layer in layers if layer.ring is not None]
-        written = [s.keys for s in storages] + rings
-        if not _same(self._keys, written):
-            self._captured, self._keys = None, [weakref.ref(tensor) for tensor in written]
+        packed = [pages.keys.codes for layer in layers for pages in _pages(layer)]
+        used = [s.keys for s in storages] + rings + packed
+        if not _same(self._keys, used):
+            self._captured, self._keys = None, [weakref.ref(tensor) for tensor in used]
             return None
         if free == 0 or (self._captured is None and free <= WARM_UPS):
             return None
@@ -175,7 +178,9 @@ class DecodeGraph:
             at.lengths += 1
 
         places = {
-            place: Place(s.keys, s.values, length, start, layer.ring.queries if layer.ring is not None else None)
+            place: Place(
+                s.keys, s.values, length, start, _pages(layer), layer.ring.queries if layer.ring is not None else None
+            )
             for place, s, layer, length, start in zip(
                 cache.places, storages, layers, at.lengths, at.starts, strict=True
             )
@@ -198,6 +203,11 @@ class DecodeGraph:
 
         kept = compiled_step(self._model, self._forward, layers)
         return kept.step, kept.cache
+
+
+def _pages(layer: PyramidKVLayer) -> tuple[Pages, ...]:
+    """What a layer has packed."""
+    return tuple(tier.pages for tier in layer.storage.tiers) if isinstance(layer.storage, PackedStorage) else ()
 
 
 def _same(known: Sequence[weakref.ref[Any]], now: Sequence[object]) -> bool:

@@ -17,16 +17,19 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pyramidkv.ops.decode_attention import decode_attention
+from pyramidkv.ops.packed_attention import packed_attention
+from pyramidkv.ops.pages import Pages
 
 
 @dataclass(frozen=True)
 class Place:
-    """The buffers of one layer during a step."""
+    """The buffers of one layer during a step; of a packed one, those of the newest slots."""
 
     keys: Tensor  # (B, Hkv, C, D)
     values: Tensor  # (B, Hkv, C, D)
     length: Tensor  # (1,) int32: slots in use before the step
     start: Tensor  # (B, Hkv) int32: empty slots at the front
+    pages: tuple[Pages, ...] = ()  # what is packed
     queries: Tensor | None = None  # (B, Hq, R, D): where the query goes too, at its slot modulo R (`ring.py`)
 
 
@@ -45,7 +48,10 @@ def decode_step(query: Tensor, key: Tensor, value: Tensor, place: int, scaling: 
     at = PLACES[place]
     if at.queries is not None:
         at.queries.index_copy_(2, at.length.long() % at.queries.shape[2], query.to(at.queries.dtype))
-    return decode_attention(query, at.keys, at.values, at.length, at.start, scaling, (key, value))
+    new = key, value
+    if at.pages:
+        return packed_attention(query, at.pages, at.keys, at.values, at.length, at.start, scaling, new)
+    return decode_attention(query, at.keys, at.values, at.length, at.start, scaling, new)
 
 
 @decode_step.register_fake

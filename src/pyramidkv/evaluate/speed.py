@@ -59,7 +59,7 @@ def engines(configs: Sequence[CompressionConfig], device: torch.device) -> list[
 
 def _ways(config: CompressionConfig) -> tuple[str, ...]:
     """The ways of decoding to measure on a GPU."""
-    return ("graph", "compiled") if config.decode == "auto" and config.bits == 16 else (config.decode,)
+    return ("graph", "compiled") if config.decode == "auto" else (config.decode,)
 
 
 WARM_UP_TOKENS = 4  # a graph is captured at the third
