@@ -50,49 +50,61 @@ def test_h2o_asks_every_query():
     assert score("h2o", observation(query, key))[0, 0, 0] > score("h2o", observation(query, key))[0, 0, 3]
 
 
-def test_echo_asks_for_what_came_after_the_question():
-    query, key = looking_at(7, 7, 7, 7, 7, 1, 1, 1, 1, 1)  # the first five can't see key 7 when they ask
+def test_echo_finds_what_nothing_has_asked_for_yet():
+    query, key = looking_at(0, 1, 2, 3, 6, 5, 6, 7, 8, 0)  # the fifth asks for the key two tokens behind it
     seen = observation(query, key)
-    assert best(score("rms", seen, window=10), 1) == [1]
-    assert score("rms", seen, window=10)[0, 0, 7] < 0.1 * score("rms", seen, window=10)[0, 0, 1]
-    assert best(score("echo", seen, window=10), 2) == [1, 7]
+    assert score("rms", seen, window=1)[0, 0, 6] < 0.1
+    assert 0 in best(score("echo", seen, window=1), 4) and 6 in best(score("echo", seen, window=1), 4)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
-@pytest.mark.parametrize("window", [5, 40])
-def test_echo_is_its_definition(heads, kv_heads, window):
+@pytest.mark.parametrize(("tokens", "new"), [(23, 23), (60, 60), (60, 13)])
+def test_echo_is_its_definition(heads, kv_heads, tokens, new):
     """One row alone and padded on the left, against loops in float64."""
-    tokens, size, pads, scaling = 23, 6, 9, 0.3
+    size, pads, scaling, window = 6, 9, 1.3, 5
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, heads, tokens, size, generator=generator)
+    query = torch.randn(1, heads, new, size, generator=generator)
     key = torch.randn(1, kv_heads, tokens, size, generator=generator)
     frequencies = (1.0, 0.2)  # 4 of the 6 channels are rotated
 
-    count = min(window, tokens)
-    newest = count // 2
-    back = [i if i < newest else newest + (i - newest) * (tokens - newest) // (count - newest) for i in range(count)]
-    assert len(set(back)) == count and max(back) < tokens
     angle = tokens * torch.tensor(frequencies, dtype=torch.float64)
     moved = query.double().clone()
     moved[..., :2] = query[..., :2] * angle.cos() - query[..., 2:4] * angle.sin()
     moved[..., 2:4] = query[..., 2:4] * angle.cos() + query[..., :2] * angle.sin()
-    expected = torch.zeros(kv_heads, tokens, dtype=torch.float64)
+    again, last = torch.zeros(2, kv_heads, tokens, dtype=torch.float64)
     for h in range(heads):
-        own = key[0, h * kv_heads // heads].double()
-        for i in back:
-            expected[h * kv_heads // heads] += (own @ moved[0, h, tokens - 1 - i] * scaling).softmax(0) ** 2
-    expected = (expected / (count * heads // kv_heads)).sqrt()
+        group = h * kv_heads // heads
+        own = key[0, group].double()
+        for n in range(new):
+            i = tokens - new + n
+            logits = own @ moved[0, h, n] * scaling
+            near = [j for j in range(tokens) if abs(i - j) <= 16]
+            some = [j for j in range(tokens) if (tokens - j) % 16 == 0]
+            z = logits[near].exp().sum() + 16 * logits[some].exp().sum()
+            for j in near:
+                if abs(i - j) <= 4:
+                    again[group, j] += min(1.0, float(logits[j].exp() / z)) ** 2
+        for i in range(tokens - min(window, new), tokens):
+            seen = own[: i + 1] @ query[0, h, i - tokens].double() * scaling
+            last[group, : i + 1] += seen.softmax(0) ** 2
+    visible = torch.tensor([min(window, new, tokens - j) for j in range(tokens)])
+    again, last = again.sqrt(), (last / visible).sqrt()
+    expected = torch.maximum(again / again.mean(-1, keepdim=True), last / last.mean(-1, keepdim=True))
 
     def found(query, key, valid, positions):
         seen = Observation(query, key, key, scaling, valid, positions, 0, rotary=Rotary(torch.tensor(frequencies)))
         return METHODS["echo"].scorer(CompressionConfig(method="echo", budget=40, window=window)).score(seen)
 
     positions = torch.arange(tokens, dtype=torch.int32).expand(1, kv_heads, tokens)
-    assert (found(query, key, None, positions)[0] - expected).abs().max() < 1e-4
-    filled = [torch.nn.functional.pad(t, (0, 0, pads, 0), value=3.0) for t in (query, key)]
+    torch.testing.assert_close(found(query, key, None, positions)[0].double(), expected, rtol=1e-4, atol=1e-4)
+    front = pads if new == tokens else 0  # queries of padding, too, in a first forward
+    query = torch.nn.functional.pad(query, (0, 0, front, 0), value=float("nan"))
+    key = torch.nn.functional.pad(key, (0, 0, pads, 0), value=float("nan"))
     valid = torch.arange(tokens + pads)[None] >= pads
     wide = torch.nn.functional.pad(positions, (pads, 0), value=-1)
-    assert (found(*filled, valid, wide)[0, :, pads:] - expected).abs().max() < 1e-4
+    for real in (valid, valid[:, None].expand(1, kv_heads, -1)):
+        padded = found(query, key, real, wide)[0, :, pads:]
+        torch.testing.assert_close(padded.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_pooling_lifts_neighbours_but_not_from_the_recent_tokens():

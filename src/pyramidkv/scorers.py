@@ -14,6 +14,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 
 from pyramidkv.config import CompressionConfig
 from pyramidkv.methods import register
+from pyramidkv.ops.band_scores import band_scores
 from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores import window_scores
 from pyramidkv.rotary import Rotary
@@ -93,51 +94,42 @@ class WideWindowScorer(WindowScorer):
 
 @register(
     "auto",
-    window=512,
+    window=256,
     recent=32,
     kernel=1,
     bits=4,
     heads="adaptive",
     summary="echo in 4 bits, with budgets by head: the least loss for the bytes.",
 )
-@register("echo", window=512, recent=32, kernel=1)
-class EchoScorer(WindowScorer):
-    """Root mean square attention from queries of the whole prompt, as if they were asked again behind it.
+@register("echo", window=256, recent=32, kernel=1)
+class EchoScorer(WideWindowScorer):
+    """Attention from the prompt's own queries, asked again behind it, or that of `rms`, whichever is larger.
 
-    A fact that only a later question will need gets little attention while the prompt is read, since what repeats or
-    asks for it is not there yet. But a prompt's own queries, moved behind its end, ask for all of it: this is what
-    reading the prompt a second time shows (KVzip, arXiv 2505.23416), without the second forward. Half of the `window`
-    queries are the newest, half lie evenly over the others; all are moved on by the length of the prompt.
+    A fact that only a later question will need gets little attention while the prompt is read: what repeats it, or asks
+    for it, is not there yet. Asked again from behind the prompt, the queries of a fact find it: that is what reading a
+    prompt twice shows (KVzip, arXiv 2505.23416), and moving the queries by the length of the prompt shows it without
+    the second forward. Of all those queries a key counts the ones of the tokens around it. Each of the two scores is
+    taken as a multiple of its mean over the head.
     """
 
     moves = True
 
-    def _attention(self, query: Tensor, seen: Observation) -> Tensor:
-        query, asking = self._chosen(seen)
+    def score(self, seen: Observation) -> Tensor:
         assert seen.rotary is not None
-        moved = seen.rotary.turn(query, seen.positions.amax((1, 2)) + 1)
-        return window_scores(moved, seen.key, seen.scaling, seen.valid, power=2, behind=True, asking=asking)
-
-    def _chosen(self, seen: Observation) -> tuple[Tensor, Tensor | None]:
-        """Up to `window` of the queries, (B, Hq, N, D), the newest first; and which are real, (B, N) bool."""
-        query = seen.query
-        new = query.shape[2]
-        count = min(self.config.window, new)
-        newest = count // 2
-        step = torch.arange(count, device=query.device)
-        if seen.valid is None:
-            return query[:, :, new - 1 - _spread(step, newest, new, count)], None
-        valid = seen.valid if seen.valid.ndim == 2 else seen.valid[:, 0]  # new tokens are real in all heads or none
-        real = valid[:, -new:].sum(-1, keepdim=True)
-        back = _spread(step, newest, real.clamp(min=count), count)  # (B, N): a row is asked the same in any batch
-        index = (new - 1 - back).clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        return query.gather(2, index), back < real
+        # Moving all keys back is moving all queries on; there may be fewer keys.
+        back = seen.rotary.turn(seen.key, -1 - seen.positions.amax((1, 2)))
+        again = band_scores(seen.query, back, seen.scaling, seen.valid)
+        return torch.maximum(_over_mean(again, seen.valid), _over_mean(super().score(seen), seen.valid))
 
 
-def _spread(step: Tensor, newest: int, tokens: int | Tensor, count: int) -> Tensor:
-    """How far behind the last of `tokens` each of `count` steps lies: the first `newest` close up, the rest evenly."""
-    spaced = newest + (step - newest) * (tokens - newest) // (count - newest)
-    return torch.where(step < newest, step, spaced)
+def _over_mean(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """Each score as a multiple of the mean of its head, (B, H, K)."""
+    least = torch.finfo(torch.float32).tiny
+    if valid is None:
+        return scores / scores.mean(-1, keepdim=True).clamp(min=least)
+    real = by_head(valid)
+    shown = scores.masked_fill(~real, 0.0)
+    return shown / (shown.sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1)).clamp(min=least)
 
 
 @register("h2o")

@@ -1,0 +1,61 @@
+"""The plain torch definition. It never holds more than a block of queries' probabilities at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyramidkv.ops.valid import by_head
+
+SPAN = 4  # tokens on each side of a key whose queries count
+NEAR = 16  # tokens on each side of a query whose keys its normaliser takes in one by one
+STRIDE = 16  # of the other keys one in so many, counted from the last
+_BLOCK = 256
+
+
+def band_scores(query: Tensor, key: Tensor, scaling: float, valid: Tensor | None = None) -> Tensor:
+    """Root of the sum of squared attention that each key gets from the queries of the tokens around it.
+
+    The queries lie behind the sequence and each sees every key: p(i, j) = min(1, exp(l(i, j)) / Z(i)), l(i, j) the logit of
+    query i and key j. Z(i) is estimated, so that the work does not grow with the square of the length as attention's
+    does: the sum of exp(l) over the keys within `NEAR` of i, and `STRIDE` times that over every `STRIDE`th key. Key j
+    scores the root of the sum of p(i, j)^2 over the tokens i within `SPAN` of it, averaged over the query heads of a KV
+    head.
+
+    Args:
+        query: (B, Hq, Q, D), of the last Q of the K tokens, in order, but placed behind them.
+        key: (B, Hkv, K, D), Hq a multiple of Hkv; query head h reads KV head h // (Hq // Hkv).
+        scaling: factor of the logits.
+        valid: (B, K) or (B, Hkv, K) bool, False for padding and empty slots, as keys and as queries; None: all real.
+
+    Returns:
+        (B, Hkv, K) float32; 0 for keys that no query is near to.
+    """
+    batch, heads, queries, _ = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    groups = heads // kv_heads
+    real = torch.ones(1, 1, keys, dtype=torch.bool, device=key.device) if valid is None else by_head(valid)
+    real = real.expand(batch, kv_heads, keys)
+    total = torch.zeros(batch, kv_heads, keys, dtype=torch.float32, device=key.device)
+    grouped = query.reshape(batch, kv_heads, groups, queries, -1)
+    far = slice(keys % STRIDE, None, STRIDE)
+    for start in range(0, queries, _BLOCK):
+        block = (grouped[..., start : start + _BLOCK, :] * scaling).float()  # (B, Hkv, G, W, D)
+        row = keys - queries + start + torch.arange(block.shape[-2], device=key.device)
+        near = slice(max(int(keys - queries + start) - NEAR, 0), keys - queries + start + block.shape[-2] + NEAR)
+        apart = (row[:, None] - torch.arange(keys, device=key.device)[near]).abs()
+        around = _logits(block, key[:, :, near], real[:, :, near]).masked_fill(apart > NEAR, float("-inf"))
+        among = _logits(block, key[:, :, far], real[:, :, far]).logsumexp(-1, keepdim=True) + math.log(STRIDE)
+        lse = torch.logaddexp(around.logsumexp(-1, keepdim=True), among)
+        asks = real[:, :, None, row, None]
+        share = torch.where(asks & (apart <= SPAN), (around - lse).exp(), 0.0).clamp(max=1.0)
+        total[:, :, near] += share.nan_to_num(0.0).square().sum((2, 3))
+    return (total / groups).sqrt()
+
+
+def _logits(query: Tensor, key: Tensor, real: Tensor) -> Tensor:
+    """(B, Hkv, G, W, N); -inf for keys that are not real, whatever they hold."""
+    logits = query @ key.float().unsqueeze(2).transpose(-1, -2)
+    return logits.masked_fill(~real[:, :, None, None], float("-inf"))
