@@ -18,11 +18,10 @@ _BLOCK = 256
 def band_scores(query: Tensor, key: Tensor, scaling: float, valid: Tensor | None = None) -> Tensor:
     """Root of the sum of squared attention that each key gets from the queries of the tokens around it.
 
-    The queries lie behind the sequence and each sees every key: p(i, j) = min(1, exp(l(i, j)) / Z(i)), l(i, j) the logit of
-    query i and key j. Z(i) is estimated, so that the work does not grow with the square of the length as attention's
-    does: the sum of exp(l) over the keys within `NEAR` of i, and `STRIDE` times that over every `STRIDE`th key. Key j
-    scores the root of the sum of p(i, j)^2 over the tokens i within `SPAN` of it, averaged over the query heads of a KV
-    head.
+    The queries lie behind the sequence and each sees every key: p(i, j) = min(1, exp(l(i, j)) / Z(i)), where l(i, j) is
+    the logit of query i and key j. Z(i) is estimated, so that the work is a small part of attention's: the sum of
+    exp(l) over the keys within `NEAR` of i, and `STRIDE` times that over every `STRIDE`th key. Key j scores the root of
+    the sum of p(i, j)^2 over the tokens i within `SPAN` of it, averaged over the query heads of a KV head.
 
     Args:
         query: (B, Hq, Q, D), of the last Q of the K tokens, in order, but placed behind them.
