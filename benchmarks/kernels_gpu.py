@@ -1,6 +1,6 @@
 """Are the Triton kernels right at real sizes, and how fast are they? One run on one GPU, about two minutes.
 
-    python benchmarks/kernels_gpu.py --out kernels.json [--seconds 140] [--only eviction | packed]
+    python benchmarks/kernels_gpu.py --out kernels.json [--seconds 140] [--only eviction | packing | packed]
 
 Times are those of launches inside a CUDA graph, a layer's worth each, over input sets that together pass the L2 cache.
 Order: correctness, the chosen tiles beside torch, then the other tiles until the seconds are over.
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from pyramidkv.ops.bitmap import pack_positions
 from pyramidkv.ops.compact import naive as compact_naive
 from pyramidkv.ops.compact import triton as compaction
 from pyramidkv.ops.decode_attention import naive as decode_naive
@@ -456,20 +457,46 @@ def packed_row(model: str, rows: int, slots: int, bits: int, bandwidth: float) -
     return row
 
 
+def packing_sets(model: str, rows: int, slots: int, bits: int, count: int = 3) -> list[tuple]:
+    """Keys and values as views of one projection, every slot of them chosen, and how to pack them."""
+    _, kv_heads, size, dtype = MODELS[model]
+    index = torch.arange(slots, device="cuda").expand(rows, kv_heads, slots).contiguous()
+    pages = torch.full((rows, kv_heads), slots // 64, device="cuda")
+    sets = []
+    for _ in range(count):
+        fused = torch.randn(rows, slots, kv_heads, 2 * size, device="cuda", dtype=dtype).transpose(1, 2)
+        sets.append((fused[..., :size], fused[..., size:], index, pages, kv_heads * slots // 64, bits, bits))
+    return sets
+
+
+def check_packing() -> bool:
+    """Codes, scales and zero points equal plain torch to the last bit, in heads of unequal numbers of pages too."""
+    equal = True
+    for model, rows, bits in itertools.product(MODELS, (1, 7), (8, 4, 2)):
+        ((key, value, index, pages, total, *both), *_) = packing_sets(model, rows, 1536, bits, 1)
+        used = torch.randint(0, 1537, pages.shape, device="cuda")
+        ragged = index.masked_fill(torch.arange(1536, device="cuda") < 1536 - used[..., None], -1)
+        for chosen, counts in ((index, pages), (ragged, (used + 63) // 64)):
+            got = packing.pack(key, value, chosen, counts, total, *both)
+            expected = packing_naive.pack(key, value, chosen, counts, total, *both)
+            for mine, theirs in zip(got, expected, strict=True):
+                equal &= all(torch.equal(t, theirs.tensors()[name]) for name, t in mine.tensors().items())
+    print(f"check packing: {'equal' if equal else 'WRONG'}", flush=True)
+    return equal
+
+
 def packing_row(model: str, rows: int, slots: int, bits: int, bandwidth: float) -> dict:
-    """Writing all slots of a prompt into pages."""
+    """Writing all slots of a prompt into pages; with what is computed about them, and their positions."""
     _, kv_heads, size, dtype = MODELS[model]
     page = key_bytes(size, bits, 2) + value_bytes(size, bits, 2) + 2 * 64 * size * dtype.itemsize
     row: dict = {"model": model, "rows": rows, "slots": slots, "bits": bits}
     row["floor"] = rows * kv_heads * slots // 64 * page / bandwidth / 1e6
-    sets = []
-    for _ in range(3):
-        key, value = (torch.randn(rows, kv_heads, slots, size, device="cuda", dtype=dtype) for _ in range(2))
-        index = torch.arange(slots, device="cuda").expand(rows, kv_heads, slots).contiguous()
-        count = torch.full((rows, kv_heads), slots // 64, device="cuda")
-        sets.append((key, value, index, count, kv_heads * slots // 64, bits, bits))
+    sets = packing_sets(model, rows, slots, bits)
     row["kernel"] = microseconds([lambda s=s: packing.pack(*s) for s in sets])
     row["naive"] = microseconds([lambda s=s: packing_naive.pack(*s) for s in sets[:1]])
+    row["Pages.gather"] = microseconds([lambda s=s: Pages.gather(*s[:3], bits, bits, s[4]) for s in sets])
+    places = sets[0][2].int()
+    row["positions"] = microseconds([lambda: pack_positions(places, slots)])
     return row
 
 
@@ -534,11 +561,17 @@ def measure_eviction(report: dict) -> None:
     print(f"eviction after {elapsed():.0f} s", flush=True)
 
 
+def measure_packing(report: dict) -> None:
+    """Writing pages of codes."""
+    report["packing_equal"] = check_packing()
+    report["packing"] = [packing_row(*case, report["copy_TBps"]) for case in PACKED]
+    print(f"packing after {elapsed():.0f} s", flush=True)
+
+
 def measure_packed(report: dict) -> None:
     """Decode attention over codes, beside that over 16 bits."""
     report["packed_error"] = check_packed()
     print(f"packed checked after {elapsed():.0f} s", flush=True)
-    report["packing"] = [packing_row(m, r, s, b, report["copy_TBps"]) for m, r, s, b in PACKED if r == 1]
     report["packed"] = [packed_row(*case, report["copy_TBps"]) for case in PACKED]
     print(f"packed after {elapsed():.0f} s", flush=True)
 
@@ -546,7 +579,9 @@ def measure_packed(report: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "kernels.json")
-    parser.add_argument("--only", choices=["attention", "eviction", "packed"], help="some of the kernels; default: all")
+    parser.add_argument(
+        "--only", choices=["attention", "eviction", "packing", "packed"], help="some of the kernels; default: all"
+    )
     parser.add_argument("--seconds", type=float, default=140, help="when to stop trying other tiles")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -559,6 +594,8 @@ def main() -> None:
             measure_eviction(report)
         if arguments.only in (None, "attention"):
             measure_attention(report)
+        if arguments.only in (None, "packing"):
+            measure_packing(report)
         if arguments.only in (None, "packed"):
             measure_packed(report)
         report["sweeps"] = {}

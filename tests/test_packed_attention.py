@@ -177,24 +177,29 @@ def test_interpreted_packed_attention_in_half_precision(attended):
     assert compare(inputs, None) < 2 * ERROR[torch.float16]
 
 
-def same_pages(dtype, key_bits, value_bits, size, ragged, device="cpu", rows=2, heads=3, slots=150):
-    """Whether the kernel packs what plain torch does, to the last bit."""
+def same_pages(dtype, bits, sizes, ragged, device="cpu", rows=2, heads=3, slots=150):
+    """Whether the kernel packs what plain torch does, to the last bit; what no head keeps is NaN."""
     from pyramidkv.ops.packing import naive as packing_naive
     from pyramidkv.ops.packing import triton
 
-    fused = random(rows, slots, heads, 2 * size, dtype=dtype, device=device).transpose(1, 2)
-    key, value = fused[..., :size] * 3 + 1, fused[..., size:]
-    index = torch.arange(0, slots, 2, device=device).repeat(rows, heads, 1)
-    width = index.shape[2]
+    fused = random(rows, slots, heads, sum(sizes) + 16, dtype=dtype, device=device).transpose(1, 2)
+    key, value = fused[..., : sizes[0]] * 3 + 1, fused[..., sizes[0] : sum(sizes)]
+    key[:, 0], value[:, 0, :, 3] = key[:, 0] * 1e-3, 7.0  # ranges far from 0, and few steps wide
+    index = torch.arange(1, slots, 2, device=device).repeat(rows, heads, 1)
+    width = index.shape[2] - 1
     used = torch.arange(rows * heads, device=device).reshape(rows, heads) * 31 % (width + 1)
-    index = index.masked_fill(torch.arange(width, device=device) < width - used[..., None], -1)
+    used[-1, 0] = min(64, width)
+    index = index[..., :width].masked_fill(torch.arange(width, device=device) < width - used[..., None], -1)
+    kept = torch.zeros(rows, heads, slots + 1, dtype=torch.bool, device=device)
+    kept = kept.scatter_(2, index.where(index >= 0, slots), True)[..., :slots, None]
+    key, value = (t.masked_fill(~kept, float("nan")) for t in (key, value))
     count = (used + 63) // 64 if ragged else torch.full_like(used, -(-width // 64))
     pages = int(count.sum(1).max()) + ragged
     with poisoned():
-        got = triton.pack(key, value, index, count, pages, key_bits, value_bits)
-    expected = packing_naive.pack(key, value, index, count, pages, key_bits, value_bits)
+        got = triton.pack(key, value, index, count, pages, *bits)
+    expected = packing_naive.pack(key, value, index, count, pages, *bits)
     return all(
-        torch.equal(a, b)
+        a.isfinite().all() and torch.equal(a, b)
         for mine, theirs in zip(got, expected, strict=True)
         for a, b in zip(mine.tensors().values(), theirs.tensors().values(), strict=True)
     )
@@ -202,20 +207,36 @@ def same_pages(dtype, key_bits, value_bits, size, ragged, device="cpu", rows=2, 
 
 @interpreted
 @pytest.mark.parametrize(
-    ("key_bits", "value_bits", "size", "ragged"),
-    [(8, 8, 80, False), (4, 4, 128, True), (2, 2, 80, True), (4, 2, 32, False), (4, 4, 112, False)],
+    ("dtype", "bits", "sizes", "ragged", "rows"),
+    [
+        (torch.float16, (8, 8), (80, 80), False, 2),
+        (torch.float32, (4, 4), (128, 128), True, 1),
+        (torch.float32, (2, 2), (80, 80), True, 2),
+        (torch.bfloat16, (4, 2), (32, 32), True, 7),
+        (torch.float16, (4, 4), (64, 112), False, 1),
+        (torch.float16, (16, 4), (72, 96), True, 2),
+        (torch.bfloat16, (16, 16), (80, 64), True, 2),
+    ],
+    ids=str,
 )
-def test_interpreted_packing(key_bits, value_bits, size, ragged):
-    assert same_pages(torch.float32 if ragged else torch.float16, key_bits, value_bits, size, ragged)
+def test_interpreted_packing(dtype, bits, sizes, ragged, rows):
+    assert same_pages(dtype, bits, sizes, ragged, rows=rows)
 
 
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("key_bits", "value_bits"), [(8, 8), (4, 4), (2, 2), (4, 2)])
-@pytest.mark.parametrize("size", [32, 64, 80, 96, 112, 128, 256])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 2), (4, 2), (16, 8), (16, 16)])
+@pytest.mark.parametrize("size", [32, 64, 72, 80, 96, 112, 128, 256])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_gpu_packing(dtype, key_bits, value_bits, size, ragged):
-    assert same_pages(dtype, key_bits, value_bits, size, ragged, "cuda", 7, 8, 1000)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_gpu_packing(dtype, bits, size, ragged, rows):
+    assert same_pages(dtype, bits, (size, size), ragged, "cuda", rows, 8, 1000)
+
+
+@on_gpu
+def test_gpu_packing_of_a_long_prompt():
+    assert same_pages(torch.float16, (4, 4), (80, 80), True, "cuda", 1, 32, 6144)
+    assert same_pages(torch.bfloat16, (4, 2), (64, 128), False, "cuda", 2, 5, 20000)
 
 
 @on_gpu

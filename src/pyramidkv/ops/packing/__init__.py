@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyramidkv.ops import kernels
 from pyramidkv.ops.packing import naive
-from pyramidkv.ops.quantize import Codes
+from pyramidkv.ops.quantize import Codes, value_group
 
 __all__ = ["pack"]
 
@@ -18,9 +18,9 @@ def pack(
 
     The definition and the arguments are those of `naive.pack`; the kernel's result is the same to the last bit.
     """
-    coded = key_bits != 16 and value_bits != 16 and key.shape[-1] == value.shape[-1] <= kernels.LARGEST
+    whole_words = all(value_group(t.shape[-1]) % 4 == 0 for t in (key, value))
     readable = key.dtype == value.dtype and key.dtype in kernels.READ
-    if coded and readable and index.numel() and kernels.why_no_triton(key.device) is None:
+    if whole_words and readable and index.numel() and kernels.why_no_triton(key.device) is None:
         from pyramidkv.ops.packing import triton
 
         with kernels.on(key.device):

@@ -21,7 +21,7 @@ def pack(
         key_bits, value_bits: 16, 8, 4 or 2.
 
     Returns:
-        Codes of keys (B, pages, 64, D) and of values (B, pages, 64, Dv). Empty slots hold the codes of slot 0.
+        Codes of keys (B, pages, 64, D) and of values (B, pages, 64, Dv). Empty slots are zeros.
     """
     rows, heads, width = index.shape
     device = index.device
@@ -35,4 +35,6 @@ def pack(
     slot = index.flatten(1).gather(1, place.flatten(1)).view_as(place).masked_fill(~there, -1)
     row = torch.arange(rows, device=device)[:, None, None]
     taken = (row, owner[..., None], slot.clamp(min=0))
-    return quantize_keys(key[taken], key_bits, slot >= 0), quantize_values(value[taken], value_bits)
+    empty = (slot < 0)[..., None]
+    keys, values = (t[taken].masked_fill_(empty, 0) for t in (key, value))
+    return quantize_keys(keys, key_bits, slot >= 0), quantize_values(values, value_bits)

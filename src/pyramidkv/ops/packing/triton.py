@@ -1,5 +1,10 @@
-"""The same as `naive.py` in one launch: a program reads the 64 slots of a page once and writes its codes and scales."""
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+"""The same as `naive.py` in one launch: a program writes some channels of a page, keys or values, from one reading.
+
+Those channels share a scale if they are values; keys are cut the same way. A head size like 80 is read as 64 + 16, so
+that a thread reads 16 bytes at once. What goes into a word of 4 bytes is a sum along the axes of a tile that a thread
+holds whole: nothing is exchanged byte by byte. One warp needs no barriers, so a page has as few as its registers allow.
+"""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment,var-annotated,unreachable"
 # ruff: noqa: N803, N806
 
 from __future__ import annotations
@@ -9,21 +14,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramidkv.ops.kernels import dense, power_of_two
-from pyramidkv.ops.quantize import Codes, value_group
+from pyramidkv.ops.kernels import dense, parts, power_of_two
+from pyramidkv.ops.quantize import PAGE, Codes, value_group
 
 _TINY = tl.constexpr(2.0**-14)  # the least normal float16
 # 1.5 * 2^23: what is added to it is rounded to a whole number, halves to even, which is in the lowest bits of the sum.
 _ROUND = tl.constexpr(12582912.0)
 
 
+REGISTERS = 168  # of a thread, so that 12 warps fit on a multiprocessor; more of them are wanted, and few are spilled
+
+
+def warps(group: int, itemsize: int) -> int:
+    """Warps of a program for groups of that many channels: at most 80 registers a thread for what it has read."""
+    return power_of_two(-(-PAGE * group * itemsize // (32 * 80 * 4)))
+
+
 @triton.jit
 def _scale(low, high, BITS: tl.constexpr):
     """Scale and zero point of a range, float16, and the inverse of the scale."""
+    low = tl.where(tl.abs(low) < float("inf"), low, 0.0)  # of empty slots alone, if it is not
+    high = tl.where(tl.abs(high) < float("inf"), high, 0.0)
     zero = low.to(tl.float16)
-    scale = tl.div_rn(high - zero.to(tl.float32), low * 0.0 + (2**BITS - 1)).to(tl.float16)
+    scale = tl.div_rn(high - zero.to(tl.float32), tl.full(low.shape, 2**BITS - 1, tl.float32)).to(tl.float16)
     scale = tl.maximum(scale.to(tl.float32), _TINY)
-    return scale.to(tl.float16), zero, tl.div_rn(scale * 0.0 + 1.0, scale)
+    return scale.to(tl.float16), zero, tl.div_rn(tl.full(low.shape, 1.0, tl.float32), scale)
 
 
 @triton.jit
@@ -33,93 +48,188 @@ def _code(x, inverse, zero, BITS: tl.constexpr):
     return (x + _ROUND).to(tl.int32, bitcast=True) & (2**BITS - 1)
 
 
+@triton.jit
+def _slots(index, column, width):
+    """Where the tokens of a page are, and which are there."""
+    slot = tl.load(index + column, mask=(column >= 0) & (column < width), other=-1)
+    real = slot >= 0
+    return tl.where(real, slot, 0).to(tl.int64), real
+
+
+@triton.jit
+def _read(base, slot, real, stride, OFFSET: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr):
+    """Channels OFFSET to OFFSET + WIDE of the slots, (*, *, WIDE); zeros for empty ones and from GROUP on."""
+    channel = OFFSET + tl.arange(0, WIDE)
+    there = real[:, :, None]
+    if OFFSET + WIDE > GROUP:
+        there = there & (channel < GROUP)[None, None, :]
+    return tl.load(base + slot[:, :, None] * stride + channel[None, None, :], mask=there, other=0.0)
+
+
+@triton.jit
+def _copy_part(base, slot, real, stride, token, target, OFFSET: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
+               SIZE: tl.constexpr):  # fmt: skip
+    x = _read(base, slot, real, stride, OFFSET, WIDE, GROUP)
+    channel = OFFSET + tl.arange(0, WIDE)
+    there = (token >= 0)[:, :, None] & (channel < GROUP)[None, None, :]
+    tl.store(target + token[:, :, None] * SIZE + channel[None, None, :], x, mask=there)
+
+
+@triton.jit
+def _copy(base, index, column, width, stride, target, FIRST: tl.constexpr, REST: tl.constexpr, GROUP: tl.constexpr,
+          SIZE: tl.constexpr):  # fmt: skip
+    """A page as it is."""
+    token = tl.arange(0, 2)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    slot, real = _slots(index, column + token, width)
+    _copy_part(base, slot, real, stride, token, target, 0, FIRST, GROUP, SIZE)
+    if REST > 0:
+        _copy_part(base, slot, real, stride, token, target, FIRST, REST, GROUP, SIZE)
+
+
+@triton.jit
+def _key_part(
+    x, real, codes, scale, zero, OFFSET: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
+    """Some channels of a page of keys, (8 * BITS, 8 / BITS, WIDE): the bytes of a channel, the codes of each."""
+    ROWS: tl.constexpr = 8 * BITS
+    x = x.to(tl.float32)
+    there = real[:, :, None]
+    low = tl.min(tl.min(tl.where(there, x, float("inf")), 1, keep_dims=True), 0, keep_dims=True)
+    high = tl.max(tl.max(tl.where(there, x, float("-inf")), 1, keep_dims=True), 0, keep_dims=True)
+    step, origin, inverse = _scale(low, high, BITS)
+    channel = OFFSET + tl.arange(0, WIDE)
+    tl.store(scale + channel, tl.reshape(step, [WIDE]), mask=channel < GROUP)
+    tl.store(zero + channel, tl.reshape(origin, [WIDE]), mask=channel < GROUP)
+    code = _code(x, inverse, origin, BITS) << (tl.arange(0, 8 // BITS) * BITS)[None, :, None]
+    four = tl.reshape(tl.sum(code, 1), [ROWS, WIDE // 4, 4])
+    word = tl.sum(four << (tl.arange(0, 4) * 8)[None, None, :], 2)
+    place = OFFSET // 4 + tl.arange(0, WIDE // 4)
+    where = codes + tl.arange(0, ROWS)[:, None] * (SIZE // 4) + place[None, :]
+    tl.store(where, word, mask=(tl.arange(0, ROWS) >= 0)[:, None] & (place < GROUP // 4)[None, :])
+
+
+@triton.jit
+def _keys(base, index, column, width, stride, codes, scale, zero, FIRST: tl.constexpr, REST: tl.constexpr,
+          GROUP: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr):  # fmt: skip
+    """A group of channels of a page of keys."""
+    token = tl.arange(0, 8 * BITS)[:, None] + (8 * BITS) * tl.arange(0, 8 // BITS)[None, :]
+    slot, real = _slots(index, column + token, width)
+    one = _read(base, slot, real, stride, 0, FIRST, GROUP)
+    if REST > 0:
+        two = _read(base, slot, real, stride, FIRST, REST, GROUP)
+    _key_part(one, real, codes, scale, zero, 0, FIRST, GROUP, SIZE, BITS)
+    if REST > 0:
+        _key_part(two, real, codes, scale, zero, FIRST, REST, GROUP, SIZE, BITS)
+
+
+@triton.jit
+def _values(base, index, column, width, stride, codes, scale, zero, PIECE: tl.constexpr,
+            GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr):  # fmt: skip
+    """One of `GROUPS` groups of channels of a page of values: tiles (2 * BITS, 32 / BITS, PIECE), words by codes."""
+    j = tl.arange(0, 32 // BITS)  # the plane, and the byte in a word
+    token = 4 * tl.arange(0, 2 * BITS)[:, None] + (j // 4 * (8 * BITS) + j % 4)[None, :]
+    shift = (j // 4 * BITS + j % 4 * 8)[None, :, None]
+    slot, real = _slots(index, column + token, width)
+    pieces = ()
+    for offset in tl.static_range(0, GROUP, PIECE):
+        pieces += (_read(base, slot, real, stride, offset, PIECE, GROUP),)
+    low = tl.full([2 * BITS, 32 // BITS, PIECE], float("inf"), tl.float32)
+    high = -low
+    for i in tl.static_range((GROUP + PIECE - 1) // PIECE):
+        x = pieces[i].to(tl.float32)
+        inside = (i * PIECE + tl.arange(0, PIECE) < GROUP)[None, None, :]
+        low = tl.minimum(low, tl.where(inside, x, float("inf")))
+        high = tl.maximum(high, tl.where(inside, x, float("-inf")))
+    step, origin, inverse = _scale(tl.min(low, 2), tl.max(high, 2), BITS)
+    tl.store(scale + token * GROUPS, step)
+    tl.store(zero + token * GROUPS, origin)
+    for i in tl.static_range((GROUP + PIECE - 1) // PIECE):
+        code = _code(pieces[i].to(tl.float32), inverse[:, :, None], origin[:, :, None], BITS)
+        word = tl.sum(code << shift, 1)
+        channel = i * PIECE + tl.arange(0, PIECE)
+        where = codes + channel[None, :] * (2 * BITS) + tl.arange(0, 2 * BITS)[:, None]
+        tl.store(where, word, mask=(tl.arange(0, 2 * BITS) >= 0)[:, None] & (channel < GROUP)[None, :])
+
+
 @triton.jit(do_not_specialize=["width", "pages"])
 def pack_kernel(
     key, value, index, count, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero,
-    skb, skh, skn, svb, svh, svn, heads, width, pages,
-    SIZE: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    skb, skh, skn, svb, svh, svn, sib, sih, heads, width, pages, HEADS: tl.constexpr,
+    SIZE: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, BITS: tl.constexpr,
+    V_SIZE: tl.constexpr, V_GROUP: tl.constexpr, V_FIRST: tl.constexpr, V_REST: tl.constexpr, V_BITS: tl.constexpr,
+    PIECE: tl.constexpr,
 ):  # fmt: skip
-    """(pages, B) programs."""
-    page, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """(pages * groups of keys and values, B) programs."""
+    GROUPS: tl.constexpr = SIZE // GROUP
+    V_GROUPS: tl.constexpr = V_SIZE // V_GROUP
+    group = tl.program_id(0) % (GROUPS + V_GROUPS)
+    page, row = tl.program_id(0) // (GROUPS + V_GROUPS), tl.program_id(1).to(tl.int64)
     head_lane = tl.arange(0, HEADS)
     last = tl.cumsum(tl.load(count + row * heads + head_lane, mask=head_lane < heads, other=0).to(tl.int32), 0)
     owner = tl.minimum(tl.sum(((last <= page) & (head_lane < heads)).to(tl.int32), 0), heads - 1)
-    behind = tl.sum(tl.where(head_lane == owner, last, 0), 0) - page
+    column = width - 64 * (tl.sum(tl.where(head_lane == owner, last, 0), 0) - page)
     at = row * pages + page
-    column = width - 64 * behind
-    index += (row * heads + owner) * width
-    key += row * skb + owner.to(tl.int64) * skh
-    value += row * svb + owner.to(tl.int64) * svh
-
-    whole = column + tl.arange(0, 64)
-    slot = tl.load(index + whole, mask=(whole >= 0) & (whole < width), other=-1)
-    real = slot >= 0
-    line = tl.maximum(slot, 0).to(tl.int64)
-    KEY_ROWS: tl.constexpr = 8 * KEY_BITS
-    for first in tl.static_range(0, SIZE, 64):
-        channel = first + tl.arange(0, 64)
-        inside = channel < SIZE
-        x = tl.load(key + line[:, None] * skn + channel[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-        low = tl.min(tl.where(real[:, None], x, float("inf")), 0)
-        high = tl.max(tl.where(real[:, None], x, float("-inf")), 0)
-        some = low <= high  # else a page of empty slots alone
-        scale, zero, inverse = _scale(tl.where(some, low, 0.0), tl.where(some, high, 0.0), KEY_BITS)
-        tl.store(key_scale + at * SIZE + channel, scale, mask=inside)
-        tl.store(key_zero + at * SIZE + channel, zero, mask=inside)
-        byte = tl.arange(0, KEY_ROWS)
-        packed = tl.zeros([KEY_ROWS, 64], tl.int32)
-        for plane in tl.static_range(8 // KEY_BITS):
-            there = column + plane * KEY_ROWS + byte
-            line_ = tl.maximum(tl.load(index + there, mask=(there >= 0) & (there < width), other=-1), 0).to(tl.int64)
-            x = tl.load(key + line_[:, None] * skn + channel[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-            packed |= _code(x, inverse[None, :], zero[None, :], KEY_BITS) << (plane * KEY_BITS)
-        place = key_codes + (at * KEY_ROWS + byte[:, None]) * SIZE + channel[None, :]
-        tl.store(place, packed.to(tl.uint8), mask=inside[None, :])
-
-    VALUE_ROWS: tl.constexpr = 8 * VALUE_BITS
-    byte = tl.arange(0, VALUE_ROWS)
-    for group in tl.static_range(SIZE // GROUP):
-        lane = tl.arange(0, WIDE)
-        channel = group * GROUP + lane
-        inside = lane < GROUP
-        packed = tl.zeros([VALUE_ROWS, WIDE], tl.int32)
-        for plane in tl.static_range(8 // VALUE_BITS):
-            there = column + plane * VALUE_ROWS + byte
-            line_ = tl.maximum(tl.load(index + there, mask=(there >= 0) & (there < width), other=-1), 0).to(tl.int64)
-            x = tl.load(value + line_[:, None] * svn + channel[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-            low = tl.min(tl.where(inside[None, :], x, float("inf")), 1)
-            high = tl.max(tl.where(inside[None, :], x, float("-inf")), 1)
-            scale, zero, inverse = _scale(low, high, VALUE_BITS)
-            place = (at * 64 + plane * VALUE_ROWS + byte) * (SIZE // GROUP) + group
-            tl.store(value_scale + place, scale)
-            tl.store(value_zero + place, zero)
-            packed |= _code(x, inverse[:, None], zero[:, None], VALUE_BITS) << (plane * VALUE_BITS)
-        place = value_codes + (at * SIZE + channel[:, None]) * VALUE_ROWS + byte[None, :]
-        tl.store(place, tl.trans(packed).to(tl.uint8), mask=inside[:, None])
+    index += row * sib + owner.to(tl.int64) * sih
+    if group < GROUPS:
+        key += row * skb + owner.to(tl.int64) * skh + group * GROUP
+        if BITS == 16:
+            target = key_codes + at * (64 * SIZE) + group * GROUP
+            _copy(key, index, column, width, skn, target, FIRST, REST, GROUP, SIZE)
+        else:
+            codes = key_codes + (at * (8 * BITS) * SIZE + group * GROUP) // 4
+            place = at * SIZE + group * GROUP
+            _keys(
+                key, index, column, width, skn, codes, key_scale + place, key_zero + place,
+                FIRST, REST, GROUP, SIZE, BITS,
+            )  # fmt: skip
+    else:
+        group -= GROUPS
+        value += row * svb + owner.to(tl.int64) * svh + group * V_GROUP
+        if V_BITS == 16:
+            target = value_codes + at * (64 * V_SIZE) + group * V_GROUP
+            _copy(value, index, column, width, svn, target, V_FIRST, V_REST, V_GROUP, V_SIZE)
+        else:
+            codes = value_codes + (at * V_SIZE + group * V_GROUP) * (2 * V_BITS)
+            place = at * (64 * V_GROUPS) + group
+            _values(
+                value, index, column, width, svn, codes, value_scale + place, value_zero + place,
+                PIECE, V_GROUP, V_GROUPS, V_BITS,
+            )  # fmt: skip
 
 
 def pack(
     key: Tensor, value: Tensor, index: Tensor, count: Tensor, pages: int, key_bits: int, value_bits: int
 ) -> tuple[Codes, Codes]:
-    """As `naive.pack`, for heads of one size and 8, 4 or 2 bits."""
+    """As `naive.pack`, for groups of channels (`value_group`) that are a multiple of 4."""
     rows, heads, width = index.shape
-    size = key.shape[-1]
-    group = value_group(size)
-    key, value = dense(key), dense(value)
-
-    def codes(bits: int, shape: tuple[int, int], scales: tuple[int, ...]) -> Codes:
-        scale, zero = (torch.empty(rows, pages, *scales, dtype=torch.float16, device=key.device) for _ in range(2))
-        return Codes(torch.empty(rows, pages, *shape, dtype=torch.uint8, device=key.device), scale, zero, bits)
-
-    keys = codes(key_bits, (8 * key_bits, size), (size,))
-    values = codes(value_bits, (size, 8 * value_bits), (64, size // group))
-    if pages:
-        pack_kernel[(pages, rows)](
-            key, value, index.contiguous(), count.contiguous(),
-            keys.codes, keys.scale, keys.zero, values.codes, values.scale, values.zero,
-            *key.stride()[:3], *value.stride()[:3], heads, width, pages,
-            SIZE=size, GROUP=group, WIDE=power_of_two(group), HEADS=power_of_two(heads),
-            KEY_BITS=key_bits, VALUE_BITS=value_bits, num_warps=4,
+    key, value, index = dense(key), dense(value), dense(index)
+    sizes = key.shape[-1], value.shape[-1]
+    group, v_group = map(value_group, sizes)
+    (first, rest), (v_first, v_rest) = parts(group), parts(v_group)
+    keys = _empty(key, (rows, pages), key_bits, (8 * key_bits, sizes[0]), sizes[:1])
+    values = _empty(value, (rows, pages), value_bits, (sizes[1], 8 * value_bits), (PAGE, sizes[1] // v_group))
+    if rows and pages:
+        pack_kernel[(pages * (sizes[0] // group + sizes[1] // v_group), rows)](
+            key, value, index, count.contiguous(), *_arguments(keys), *_arguments(values),
+            *key.stride()[:3], *value.stride()[:3], *index.stride()[:2], heads, width, pages,
+            HEADS=power_of_two(heads), SIZE=sizes[0], GROUP=group, FIRST=first, REST=rest, BITS=key_bits,
+            V_SIZE=sizes[1], V_GROUP=v_group, V_FIRST=v_first, V_REST=v_rest, V_BITS=value_bits,
+            PIECE=max(16, v_group & -v_group), num_warps=warps(max(group, v_group), key.itemsize), maxnreg=REGISTERS,
         )  # fmt: skip
     return keys, values
+
+
+def _empty(like: Tensor, pages: tuple[int, int], bits: int, codes: tuple[int, int], scales: tuple[int, ...]) -> Codes:
+    """Pages yet to be written."""
+    if bits == 16:
+        return Codes(like.new_empty(*pages, PAGE, like.shape[-1]), None, None, bits)
+    scale, zero = (like.new_empty(*pages, *scales, dtype=torch.float16) for _ in range(2))
+    return Codes(like.new_empty(*pages, *codes, dtype=torch.uint8), scale, zero, bits)
+
+
+def _arguments(pages: Codes) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes as words of 4 bytes, scales and zero points; numbers as they are stand for all three."""
+    if pages.scale is None or pages.zero is None:
+        return pages.codes, pages.codes, pages.codes
+    return pages.codes.view(torch.int32), pages.scale, pages.zero
