@@ -9,7 +9,11 @@ from families import config, model, padded_batch
 from pyramidkv.cache import ALL_REAL, NewTokens
 from pyramidkv.packed import PackedStorage
 
-CASES = ({"keep": 0.4, "window": 4}, {"method": "random", "keep": 0.4}, {"method": "auto", "share": 0.3, "window": 8})
+CASES = (
+    {"keep": 0.4, "window": 4},
+    {"method": "random", "keep": 0.4},
+    {"method": "auto", "share": 0.3, "window": 8, "heads": "uniform"},
+)
 
 
 def generate(made, **options):

@@ -78,8 +78,8 @@ def test_echo_is_its_definition(heads, kv_heads, tokens, new):
         for n in range(new):
             i = tokens - new + n
             logits = own @ moved[0, h, n] * scaling
-            near = [j for j in range(tokens) if abs(i - j) <= 16]
-            some = [j for j in range(tokens) if (tokens - j) % 16 == 0]
+            near = [j for j in range(tokens - new, tokens) if abs(i - j) <= 16]
+            some = [j for j in range(tokens - new, tokens) if (tokens - j) % 16 == 0]
             z = logits[near].exp().sum() + 16 * logits[some].exp().sum()
             for j in near:
                 if abs(i - j) <= 4:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, max_pool1d
+from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from pyramidkv.config import CompressionConfig
 from pyramidkv.methods import register
@@ -108,17 +108,20 @@ class EchoScorer(WideWindowScorer):
     A fact that only a later question will need gets little attention while the prompt is read: what repeats it, or asks
     for it, is not there yet. Asked again from behind the prompt, the queries of a fact find it: that is what reading a
     prompt twice shows (KVzip, arXiv 2505.23416), and moving the queries by the length of the prompt shows it without
-    the second forward. Of all those queries a key counts the ones of the tokens around it. Each of the two scores is
-    taken as a multiple of its mean over the head.
+    the second forward. Of all those queries a key counts the ones of the tokens around it; keys of earlier forwards
+    have the other score alone. Each of the two is taken as a multiple of its mean over the head.
     """
 
     moves = True
 
     def score(self, seen: Observation) -> Tensor:
         assert seen.rotary is not None
+        new = seen.query.shape[2]
+        valid = None if seen.valid is None else seen.valid[..., -new:]
         # Moving all keys back is moving all queries on; there may be fewer keys.
-        back = seen.rotary.turn(seen.key, -1 - seen.positions.amax((1, 2)))
-        again = band_scores(seen.query, back, seen.scaling, seen.valid)
+        back = seen.rotary.turn(seen.key[:, :, -new:], -1 - seen.positions.amax((1, 2)))
+        again = band_scores(seen.query, back, seen.scaling, valid)
+        again = pad(again, (seen.key.shape[2] - new, 0))  # of older keys nothing has asked now
         return torch.maximum(_over_mean(again, seen.valid), _over_mean(super().score(seen), seen.valid))
 
 

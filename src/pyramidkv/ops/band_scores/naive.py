@@ -24,26 +24,28 @@ def band_scores(query: Tensor, key: Tensor, scaling: float, valid: Tensor | None
     the sum of p(i, j)^2 over the tokens i within `SPAN` of it, averaged over the query heads of a KV head.
 
     Args:
-        query: (B, Hq, Q, D), of the last Q of the K tokens, in order, but placed behind them.
+        query: (B, Hq, K, D), of the same K tokens as the keys, but placed behind them all.
         key: (B, Hkv, K, D), Hq a multiple of Hkv; query head h reads KV head h // (Hq // Hkv).
         scaling: factor of the logits.
         valid: (B, K) or (B, Hkv, K) bool, False for padding and empty slots, as keys and as queries; None: all real.
 
     Returns:
-        (B, Hkv, K) float32; 0 for keys that no query is near to.
+        (B, Hkv, K) float32.
     """
-    batch, heads, queries, _ = query.shape
-    kv_heads, keys = key.shape[1], key.shape[2]
+    batch, heads, keys, _ = query.shape
+    kv_heads = key.shape[1]
+    if key.shape[2] != keys:
+        raise ValueError(f"query has {keys} tokens, key {key.shape[2]}: they must be of the same tokens")
     groups = heads // kv_heads
     real = torch.ones(1, 1, keys, dtype=torch.bool, device=key.device) if valid is None else by_head(valid)
     real = real.expand(batch, kv_heads, keys)
     total = torch.zeros(batch, kv_heads, keys, dtype=torch.float32, device=key.device)
-    grouped = query.reshape(batch, kv_heads, groups, queries, -1)
+    grouped = query.reshape(batch, kv_heads, groups, keys, -1)
     far = slice(keys % STRIDE, None, STRIDE)
-    for start in range(0, queries, _BLOCK):
+    for start in range(0, keys, _BLOCK):
         block = (grouped[..., start : start + _BLOCK, :] * scaling).float()  # (B, Hkv, G, W, D)
-        row = keys - queries + start + torch.arange(block.shape[-2], device=key.device)
-        near = slice(max(int(keys - queries + start) - NEAR, 0), keys - queries + start + block.shape[-2] + NEAR)
+        row = start + torch.arange(block.shape[-2], device=key.device)
+        near = slice(max(start - NEAR, 0), start + block.shape[-2] + NEAR)
         apart = (row[:, None] - torch.arange(keys, device=key.device)[near]).abs()
         around = _logits(block, key[:, :, near], real[:, :, near]).masked_fill(apart > NEAR, float("-inf"))
         among = _logits(block, key[:, :, far], real[:, :, far]).logsumexp(-1, keepdim=True) + math.log(STRIDE)
