@@ -177,8 +177,8 @@ def test_ablations_are_every_other_method_and_slope_at_equal_bytes():
     assert names == [
         ("snapkv", 0.5, None, 20.0, 8),
         ("rms", 0.5, None, 20.0, 8),
-        ("auto", None, 0.5, 20.0, 8),
         ("echo", 0.5, None, 20.0, 8),
+        ("auto", None, 0.5, 20.0, 8),
         ("h2o", 0.5, None, 20.0, 8),
         ("streamingllm", 0.5, None, 20.0, 8),
         ("knorm", 0.5, None, 20.0, 8),
