@@ -9,8 +9,8 @@ import torch
 import pyramidkv
 from families import model, padded_batch
 from pyramidkv import ConfigError, PyramidKVCache
-from pyramidkv.cache import PyramidKVLayer
 from pyramidkv.chunks import even_sizes
+from pyramidkv.layer import PyramidKVLayer
 from pyramidkv.models.source import load_model
 
 NEOX, LLAMA, GEMMA = "gpt_neox-2-2-80", "llama-4-2-32", "gemma3-4-2-32"

@@ -7,9 +7,9 @@ import torch
 
 import pyramidkv
 from families import NAMES, model, padded_batch
-from pyramidkv.cache import PyramidKVLayer
 from pyramidkv.decode import graph as graphs
 from pyramidkv.decode.pool import Pool
+from pyramidkv.layer import PyramidKVLayer
 from pyramidkv.storage import Storage
 
 PLAIN = [name for name in NAMES if not name.startswith("gemma3")]  # no sliding layers

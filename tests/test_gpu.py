@@ -5,7 +5,7 @@ import torch
 
 import pyramidkv
 from families import NAMES, model, padded_batch
-from pyramidkv.cache import PyramidKVLayer
+from pyramidkv.layer import PyramidKVLayer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

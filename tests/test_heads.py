@@ -5,7 +5,7 @@ import torch
 
 import pyramidkv
 from families import NAMES, model, padded_batch
-from pyramidkv.cache import PyramidKVLayer
+from pyramidkv.layer import PyramidKVLayer
 from pyramidkv.methods import METHODS, Method
 from pyramidkv.ops.heads import FLOOR, head_limits, row_pages
 from pyramidkv.plan import Plan

@@ -205,7 +205,7 @@ def test_uneven_tiers_of_16_bits_change_nothing(name, lengths, monkeypatch):
     uneven = (Level(16, 16, 70, limits, pages), Level(16, 16, None, None, 4 * heads))
     found = []
     for tiers in ((), uneven):
-        monkeypatch.setattr("pyramidkv.cache.levels", lambda *_, tiers=tiers: tiers)
+        monkeypatch.setattr("pyramidkv.layer.levels", lambda *_, tiers=tiers: tiers)
         cache = pyramidkv.PyramidKVCache(plain.config, method="snapkv", keep=0.6, window=8, room=3)
         out = [plain(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1:]]
         out.append(plain(more[:, :50], past_key_values=cache).logits)

@@ -15,9 +15,10 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pyramidkv.cache import ALL_REAL, ATTENTION_NAME, NewTokens, PyramidKVLayer
+from pyramidkv.cache import ATTENTION_NAME
 from pyramidkv.decode.step import StepLayer
 from pyramidkv.errors import ConfigError, UnsupportedError
+from pyramidkv.layer import ALL_REAL, NewTokens, PyramidKVLayer
 
 
 def new_tokens(attention_mask: Tensor | None, queries: int) -> NewTokens:

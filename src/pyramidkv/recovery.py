@@ -16,7 +16,7 @@ from torch import Tensor
 from pyramidkv.ring import SPARE
 
 if TYPE_CHECKING:
-    from pyramidkv.cache import PyramidKVLayer
+    from pyramidkv.layer import PyramidKVLayer
     from pyramidkv.packed import PackedStorage
     from pyramidkv.storage import Storage
 

@@ -26,7 +26,8 @@ from pyramidkv.shape import cache_shape
 from pyramidkv.storage import Storage
 
 if TYPE_CHECKING:
-    from pyramidkv.cache import PyramidKVCache, PyramidKVLayer
+    from pyramidkv.cache import PyramidKVCache
+    from pyramidkv.layer import PyramidKVLayer
 
 _ASIDE: dict[torch.device, torch.cuda.Stream] = {}  # one a device: cuBLAS keeps 32 MB for every stream it has seen
 WARM_UPS = 2  # runs before a capture: kernels are compiled and libraries set up in them

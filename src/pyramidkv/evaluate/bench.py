@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 import pyramidkv
-from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache, PyramidKVLayer
+from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
 from pyramidkv.config import CompressionConfig, unknown
 from pyramidkv.errors import ConfigError, DataError
 from pyramidkv.evaluate import perplexity, recall, schema, serving, speed, tasks, texts
 from pyramidkv.evaluate.ranks import Ranks, from_environment, joined, merge
 from pyramidkv.evaluate.schema import Layers, Record, Run, Skipped
+from pyramidkv.layer import PyramidKVLayer
 from pyramidkv.methods import METHODS
 from pyramidkv.models.hub import hub_problem
 from pyramidkv.models.source import DEFAULT_MODEL, LoadedModel, load_model

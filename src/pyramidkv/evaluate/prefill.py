@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from pyramidkv.cache import NewTokens, PyramidKVCache, PyramidKVLayer
+from pyramidkv.cache import PyramidKVCache
 from pyramidkv.errors import PyramidKVError
+from pyramidkv.layer import NewTokens, PyramidKVLayer
 
 
 class _SharedLayer(PyramidKVLayer):
