@@ -28,6 +28,9 @@ from pyramidkv.ops.compact import naive as compact_naive
 from pyramidkv.ops.compact import triton as compaction
 from pyramidkv.ops.decode_attention import naive as decode_naive
 from pyramidkv.ops.decode_attention import triton as decode
+from pyramidkv.ops.heads import naive as heads_naive
+from pyramidkv.ops.heads import triton as sharing
+from pyramidkv.ops.heads import why_naive as heads_why_naive
 from pyramidkv.ops.packed_attention import naive as packed_naive
 from pyramidkv.ops.packed_attention import triton as packed
 from pyramidkv.ops.packing import naive as packing_naive
@@ -319,6 +322,11 @@ def check_eviction() -> dict[str, bool]:
                     recent=RECENT, valid=None if real is None else real.cpu(), finite=True,
                 )  # fmt: skip
                 found["select"] = found.get("select", True) and torch.equal(got.cpu(), expected)
+        marked = select_naive.mark(marks * torch.rand(heads, 1, device="cuda"), recent=RECENT, finite=True)
+        for scored in (marked, (marked * 1e4).round()) if heads_why_naive(marks) is None else ():
+            got = sharing.head_limits(scored, [kept], [slots], RECENT)
+            expected = heads_naive.head_limits(scored.cpu(), [kept], [slots], RECENT)
+            found["head limits"] = found.get("head limits", True) and torch.equal(got.cpu(), expected)
         index = index.clone()
         index[..., :5] = -1
         expected_targets = tuple(t.clone() for t in targets)
@@ -347,8 +355,13 @@ def eviction_row(model: str, rows: int, slots: int, kept: int, bandwidth: float)
         chosen = selection.select(scored, limits, kept, recent=RECENT, finite=True)
         compaction.compact(sources, chosen, targets)
 
+    marked = [select_naive.mark(s[0], recent=RECENT, finite=True) for s in sets]
+    facts = heads_naive.row_facts(marks.shape[1], limits, [slots] * rows, RECENT, marks.device)
+    shared = heads_why_naive(marks) is None
     return {
         "model": model, "rows": rows, "slots": slots, "kept": kept,
+        "limits": microseconds([lambda m=m: sharing.hand_out(m, facts, RECENT) for m in marked]) if shared else None,
+        "torch sort": microseconds([lambda m=m: m.sort(dim=-1, descending=True) for m in marked]),
         "select floor": (marks.nbytes + index.nbytes) / bandwidth / 1e6,
         "select": microseconds(
             [lambda s=s: selection.select(s[0], limits, kept, recent=RECENT, finite=True) for s in sets]

@@ -57,12 +57,15 @@ def test_pages_go_where_scores_are_highest(heads, share):
 def test_one_head_can_take_most():
     scores = torch.rand(1, 4, 1000, generator=torch.Generator().manual_seed(1))
     scores[:, 2] += 10
+    scores[..., -5:] = float("inf")
     counts = head_limits(scores, [325], [1000], 5)[0].tolist()
     assert counts == [69, 133, 1000, 69]  # 20 pages: one each as floor, 15 more fill the third head, one is left
 
 
 def test_equal_scores_go_to_the_earlier_head():
-    assert head_limits(torch.ones(1, 3, 300), [129], [300], 1).tolist() == [[300, 65, 1]]
+    scores = torch.ones(1, 3, 300)
+    scores[..., -1] = float("inf")
+    assert head_limits(scores, [129], [300], 1).tolist() == [[300, 65, 1]]
 
 
 LENGTHS = (400, 250, 110)

@@ -1,4 +1,4 @@
-"""How many slots each KV head of a layer may keep where heads need not keep the same: whole pages, by their scores."""
+"""The plain torch definition: whole pages of a row go to its heads by their scores, found by two sorts."""
 
 from __future__ import annotations
 
@@ -42,25 +42,32 @@ def head_limits(scores: Tensor, shares: Sequence[int], available: Sequence[int],
     """
     rows, heads, _ = scores.shape
     device = scores.device
-    best = scores.sort(dim=-1, descending=True, stable=True).values[..., recent:]
+    own, pages, everything = row_facts(heads, shares, available, recent, device)[..., None]
+    best = scores.masked_fill(scores == float("inf"), float("-inf")).sort(dim=-1, descending=True).values
     best = torch.nn.functional.pad(best, (0, -best.shape[-1] % PAGE), value=float("-inf"))
     groups = best.reshape(rows, heads, -1, PAGE)  # (B, H, G, 64): the slots of a head's first page, second, ...
     real = groups > float("-inf")
-    worth = groups.where(real, 0.0).sum(-1) / real.sum(-1).clamp(min=1)
+    worth = groups.where(real, 0.0)
+    while worth.shape[-1] > 1:  # in an order that no device changes
+        first, second = worth.chunk(2, dim=-1)
+        worth = first + second
+    worth = (worth[..., 0] / real.sum(-1).clamp(min=1)).clamp(min=torch.finfo(torch.float32).min)
     worth = worth.masked_fill(~real.any(-1), float("-inf"))
-    own, pages = [], []
-    for share, most in zip(shares, available, strict=True):
-        pages.append(row_pages(heads, share, most, recent))
-        own.append(min(int(FLOOR * max(share - recent, 0)) // PAGE, pages[-1] // heads))
-    everything = [share >= most for share, most in zip(shares, available, strict=True)]
-    facts = torch.tensor([own, pages, everything], pin_memory=scores.is_cuda)
-    own_, pages_, everything_ = facts.to(device, non_blocking=True)[..., None]
     place = torch.arange(worth.shape[2], device=device)
-    others = worth.masked_fill(place < own_[..., None], float("-inf")).flatten(1)
+    others = worth.masked_fill(place < own[..., None], float("-inf")).flatten(1)
     order = others.sort(dim=-1, descending=True, stable=True).indices  # equal ones: the earlier head first
-    won = torch.arange(order.shape[1], device=device) < pages_ - heads * own_
+    won = torch.arange(order.shape[1], device=device) < pages - heads * own
     counts = torch.zeros(rows, heads, dtype=torch.int64, device=device)
     counts.scatter_add_(1, order // max(worth.shape[2], 1), won.long())
     held = (scores > float("-inf")).sum(-1)
-    limits = (recent + PAGE * (counts + own_)).minimum(held)
-    return torch.where(everything_ > 0, held, limits).int()
+    limits = (recent + PAGE * (counts + own)).minimum(held)
+    return torch.where(everything > 0, held, limits).int()
+
+
+def row_facts(heads: int, shares: Sequence[int], available: Sequence[int], recent: int, device: torch.device) -> Tensor:
+    """(3, B) int32: pages that each head of a row has in any case; pages of the row; 1 if it keeps everything."""
+    pages = [row_pages(heads, share, most, recent) for share, most in zip(shares, available, strict=True)]
+    own = [min(int(FLOOR * max(share - recent, 0)) // PAGE, n // heads) for share, n in zip(shares, pages, strict=True)]
+    everything = [int(share >= most) for share, most in zip(shares, available, strict=True)]
+    facts = torch.tensor([own, pages, everything], dtype=torch.int32, pin_memory=device.type == "cuda")
+    return facts.to(device, non_blocking=True)
