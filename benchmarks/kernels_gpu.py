@@ -509,7 +509,7 @@ def packing_row(model: str, rows: int, slots: int, bits: int, bandwidth: float) 
     row["naive"] = microseconds([lambda s=s: packing_naive.pack(*s) for s in sets[:1]])
     row["Pages.gather"] = microseconds([lambda s=s: Pages.gather(*s[:3], bits, bits, s[4]) for s in sets])
     places = sets[0][2].int()
-    row["positions"] = microseconds([lambda: pack_positions(places, slots)])
+    row["positions"] = microseconds([lambda: pack_positions(places, sets[0][2], slots)])
     return row
 
 

@@ -78,7 +78,8 @@ def test_positions_survive_the_bitmap(tokens, data):
     sets = [sorted(data.draw(st.sets(st.integers(0, tokens - 1)))) for _ in range(4)]
     slots = max(map(len, sets)) + data.draw(st.integers(0, 3))
     padded = torch.tensor([[-1] * (slots - len(s)) + s for s in sets], dtype=torch.int32).reshape(2, 2, slots)
-    packed = bitmap.pack_positions(padded, tokens)
+    index = torch.arange(slots).expand(padded.shape).masked_fill(padded < 0, -1)
+    packed = bitmap.pack_positions(padded, index, tokens)
     assert packed.shape == (2, 2, math.ceil(tokens / 8))
     assert torch.equal(bitmap.unpack_positions(packed, slots), padded)
 

@@ -239,6 +239,36 @@ def test_gpu_packing_of_a_long_prompt():
     assert same_pages(torch.bfloat16, (4, 2), (64, 128), False, "cuda", 2, 5, 20000)
 
 
+def same_bitmap(rows, heads, slots, tokens, kept, device="cpu"):
+    """Whether the kernel sets the bits that plain torch does, at dense and at rare positions."""
+    from pyramidkv.ops.bitmap import naive as bitmap_naive
+    from pyramidkv.ops.bitmap import triton
+
+    make = torch.Generator().manual_seed(slots)
+    fused = torch.rand(rows, tokens, heads, generator=make).argsort(1)[:, :slots].sort(1).values.int().transpose(1, 2)
+    index = torch.arange(slots).repeat(rows, heads, 1)[..., slots - kept :]
+    index = index.masked_fill(torch.rand(rows, heads, kept, generator=make).sort(-1).values < 0.2, -1)
+    fused, index = fused.to(device), index.to(device)
+    with poisoned():
+        got = triton.pack_positions(fused, index, tokens)
+    return torch.equal(got, bitmap_naive.pack_positions(fused, index, tokens))
+
+
+BITMAPS = [(1, 1, 1, 1, 1), (7, 2, 20, 20, 17), (2, 3, 1100, 1103, 1090), (1, 2, 90, 1501, 90)]
+
+
+@interpreted
+@pytest.mark.parametrize("shape", BITMAPS)
+def test_interpreted_bitmap(shape):
+    assert same_bitmap(*shape)
+
+
+@on_gpu
+@pytest.mark.parametrize("shape", [*BITMAPS, (1, 32, 6144, 6144, 6112), (7, 8, 3000, 20011, 2900)])
+def test_gpu_bitmap(shape):
+    assert same_bitmap(*shape, "cuda")
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fresh", [False, True])

@@ -100,7 +100,6 @@ class PackedStorage:
         for level, chosen in zip(levels, _split(index[:, :, :count], levels, scores), strict=True):
             if chosen.shape[2] == 0:
                 continue
-            where = positions.gather(2, chosen.clamp(min=0)).masked_fill(chosen < 0, -1)
             pages = Pages.gather(
                 key.detach().to(stored) if level.key_bits == 16 else key,
                 value.detach().to(stored) if level.value_bits == 16 else value,
@@ -109,7 +108,7 @@ class PackedStorage:
                 level.value_bits,
                 level.pages,
             )
-            tiers.append(Tier(pages, pack_positions(where, tokens)))
+            tiers.append(Tier(pages, pack_positions(positions, chosen, tokens)))
         return cls(tuple(tiers), newest)
 
     @property

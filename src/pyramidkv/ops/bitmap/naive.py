@@ -1,4 +1,4 @@
-"""Sorted token positions as one bit a token: what remains of them while their keys and values are packed."""
+"""The plain torch definition: sorted positions as one bit a token, all that remains of them beside packed slots."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import torch
 from torch import Tensor
 
 
-def pack_positions(positions: Tensor, tokens: int) -> Tensor:
-    """(B, H, ceil(tokens / 8)) uint8, a bit set for every position in (B, H, N) int32; negative ones are left out."""
-    rows, heads, _ = positions.shape
+def pack_positions(positions: Tensor, index: Tensor, tokens: int) -> Tensor:
+    """A bit for the position of each chosen slot.
+
+    Args:
+        positions: (B, H, K) int32, below `tokens`; -1 for an empty slot.
+        index: (B, H, N) into K, so that positions rise, behind -1s for none.
+        tokens: of the longest row.
+
+    Returns:
+        (B, H, ceil(tokens / 8)) uint8; the lowest bit of the first byte is position 0.
+    """
+    rows, heads, _ = index.shape
+    chosen = positions.gather(2, index.clamp(min=0)).masked_fill(index < 0, -1)
     width = -(-tokens // 8) * 8
     bits = torch.zeros(rows, heads, width + 1, dtype=torch.uint8, device=positions.device)
-    bits.scatter_(2, positions.long().where(positions >= 0, width), 1)  # the last column is thrown away
+    bits.scatter_(2, chosen.long().where(chosen >= 0, width), 1)  # the last column is thrown away
     weight = 2 ** torch.arange(8, dtype=torch.uint8, device=positions.device)
     return (bits[..., :width].reshape(rows, heads, -1, 8) * weight).sum(-1, dtype=torch.uint8)
 
