@@ -1,6 +1,6 @@
 """Are the Triton kernels right at real sizes, and how fast are they? One run on one GPU, about two minutes.
 
-    python benchmarks/kernels_gpu.py --out kernels.json [--seconds 140] [--only eviction | packing | packed]
+    python benchmarks/kernels_gpu.py --out kernels.json [--seconds 140] [--only echo | eviction | packing | packed]
 
 Times are those of launches inside a CUDA graph, a layer's worth each, over input sets that together pass the L2 cache.
 Order: correctness, the chosen tiles beside torch, then the other tiles until the seconds are over.
@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from pyramidkv.ops.band_scores import naive as band_naive
+from pyramidkv.ops.band_scores import triton as band
 from pyramidkv.ops.bitmap import pack_positions
 from pyramidkv.ops.compact import naive as compact_naive
 from pyramidkv.ops.compact import triton as compaction
@@ -39,6 +41,8 @@ from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import Codes, key_bytes, value_bytes, value_group
 from pyramidkv.ops.select import naive as select_naive
 from pyramidkv.ops.select import triton as selection
+from pyramidkv.ops.turn import naive as turn_naive
+from pyramidkv.ops.turn import triton as turning
 from pyramidkv.ops.window_scores import naive as scores_naive
 from pyramidkv.ops.window_scores import triton as scores
 
@@ -55,6 +59,8 @@ EVICTIONS = (  # model, rows, slots, kept
 PACKED = tuple((model, rows, 6144, bits) for model in MODELS for rows in (1, 8) for bits in (8, 4, 2))
 PACKED_SWEEPS = (("pythia-2.8b", 1, 6144, 4), ("llama-8b", 1, 6144, 4), ("pythia-2.8b", 8, 6144, 4),
                  ("llama-8b", 8, 6144, 4), ("pythia-2.8b", 1, 6144, 2), ("pythia-2.8b", 1, 6144, 8))  # fmt: skip
+ECHOES = (("pythia-2.8b", 6144), ("llama-8b", 8192), ("llama-8b", 32768))  # model, tokens
+ROTATED = {"pythia-2.8b": 20, "llama-8b": 128}  # channels
 RECENT = 32
 ROOM = 30  # free slots of the buffers, as in a cache that grows
 
@@ -92,6 +98,12 @@ SWEEP_SELECT = {  # block, warps, step
 SWEEP_COMPACT = [  # rows, warps, halves
     (64, 4), (32, 4), (32, 2), (64, 8), (16, 2), (16, 1), (128, 8), (128, 4), (64, 4, False), (32, 4, False),
 ]  # fmt: skip
+
+SWEEP_BAND = [  # queries, warps, stages, registers
+    (32, 2, 2, 128), (32, 2, 2), (32, 1, 2), (32, 1, 1), (32, 2, 1, 128), (32, 4, 2), (64, 2, 2), (64, 2, 1),
+    (64, 4, 2), (64, 4, 2, 168), (64, 4, 1), (64, 8, 2), (16, 1, 2), (128, 8, 2),
+]  # fmt: skip
+SWEEP_TURN = [(64, 4), (32, 4), (16, 4), (128, 4), (32, 2), (16, 2), (16, 1), (64, 8)]  # rows, warps
 
 
 def elapsed() -> float:
@@ -400,6 +412,101 @@ def compact_sweep(model: str, rows: int, slots: int, kept: int, seconds: float) 
     return found
 
 
+def echo_sets(model: str, tokens: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor, float]]:
+    """Queries and keys as views of one projection, cosines and sines, the scaling."""
+    heads, kv_heads, size, dtype = MODELS[model]
+    sets = []
+    for _ in range(max(1, min(3, int(2 * L2 // ((heads + kv_heads) * tokens * size * dtype.itemsize)) + 1))):
+        fused = torch.randn(1, tokens, heads + 2 * kv_heads, size, device="cuda", dtype=dtype).transpose(1, 2)
+        angle = 1e4 * torch.rand(1, ROTATED[model] // 2, device="cuda", dtype=torch.float64)
+        sets.append((fused[:, :heads], fused[:, heads : heads + kv_heads], angle.cos(), angle.sin(), size**-0.5))
+    return sets
+
+
+def check_echo() -> dict[str, float]:
+    """Relative error of the scores against the float32 definition; how many turned numbers differ at all."""
+    found: dict[str, float] = {}
+    for model, (_, kv_heads, _, _) in MODELS.items():
+        ((query, key, cos, sin, scaling), *_) = echo_sets(model, 6143)
+        found[f"turn {model}"] = float((turning.turn(key, cos, sin) != turn_naive.turn(key, cos, sin)).sum())
+        for valid in (None, torch.rand(1, kv_heads, 6143, device="cuda") > 0.1):
+            expected = band_naive.band_scores(query.float(), key.float(), scaling, valid)
+            off = error(band.band_scores(query, key, scaling, valid), expected)
+            found[f"band {model}"] = max(found.get(f"band {model}", 0.0), off, key=lambda e: (e != e, e))
+    for name, value in found.items():
+        print(f"check {name}: {value:.2e} {'ok' if value < 1e-2 else 'WRONG'}", flush=True)
+    return found
+
+
+def echo_row(model: str, tokens: int, bandwidth: float) -> dict:
+    """All that `echo` computes in a layer. Floors: keys read and written; queries and sample; queries and keys."""
+    heads, kv_heads, size, dtype = MODELS[model]
+    sets = echo_sets(model, tokens)
+    vector = tokens * size * dtype.itemsize / bandwidth / 1e6
+    exponentials = tokens * (tokens // band_naive.STRIDE) * heads / 3.7e6
+    back = [turning.turn(*s[1:4]) for s in sets]
+    lse = [band.sampled_log_sum_exp(s[0], k, s[4], None) for s, k in zip(sets, back, strict=True)]
+
+    def both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, scaling: float) -> Tensor:
+        return band.band_scores(query, turning.turn(key, cos, sin), scaling)
+
+    return {
+        "model": model, "tokens": tokens,
+        "turn floor": 2 * kv_heads * vector,
+        "turn": microseconds([lambda s=s: turning.turn(*s[1:4]) for s in sets]),
+        "turn naive": microseconds([lambda s=s: turn_naive.turn(*s[1:4]) for s in sets]),
+        "pass 1 floor": max(heads * vector, exponentials),
+        "pass 1": microseconds(
+            [lambda s=s, k=k: band.sampled_log_sum_exp(s[0], k, s[4], None) for s, k in zip(sets, back, strict=True)]
+        ),
+        "pass 2 floor": (heads + kv_heads) * vector,
+        "pass 2": microseconds(
+            [
+                lambda s=s, k=k, x=x: band.near_scores(s[0], k, s[4], x, None)
+                for s, k, x in zip(sets, back, lse, strict=True)
+            ]
+        ),
+        "turn + band": microseconds([lambda s=s: both(*s) for s in sets]),
+        "band naive": microseconds([lambda s=s: band_naive.band_scores(s[0], s[1], s[4]) for s in sets[:1]]),
+        "window 256": microseconds(
+            [
+                lambda s=s: scores.window_scores(s[0][:, :, -256:], s[1], s[4], power=2, per_visible=True)
+                for s in sets
+            ]
+        ),
+    }  # fmt: skip
+
+
+def echo_sweep(model: str, tokens: int, seconds: float) -> dict[str, float]:
+    sets = echo_sets(model, tokens)
+    lse = [band.sampled_log_sum_exp(s[0], s[1], s[4], None) for s in sets]
+    sample = [s[1][:, :, tokens % band_naive.STRIDE :: band_naive.STRIDE] for s in sets]
+    found: dict[str, float] = {}
+    for options in SWEEP_BAND:
+        if elapsed() < seconds:
+            plan = band.Blocks(*options)
+            found[f"pass 2 {options}"] = microseconds(
+                [
+                    lambda s=s, x=x, p=plan: band.near_scores(s[0], s[1], s[4], x, None, p)
+                    for s, x in zip(sets, lse, strict=True)
+                ]
+            )
+    for options in SWEEP_LSE[1024]:
+        if elapsed() < seconds:
+            tiles = scores.Blocks(*options)
+            found[f"pass 1 {options}"] = microseconds(
+                [
+                    lambda s=s, k=k, p=tiles: scores.log_sum_exp(s[0], k, s[4], None, True, p)
+                    for s, k in zip(sets, sample, strict=True)
+                ]
+            )
+    for options in SWEEP_TURN:
+        if elapsed() < seconds:
+            rows = turning.Blocks(*options)
+            found[f"turn {options}"] = microseconds([lambda s=s, p=rows: turning.turn(*s[1:4], p) for s in sets])
+    return found
+
+
 def packed_sets(model: str, rows: int, slots: int, bits: int, ragged: bool = False) -> list[tuple]:
     """Queries, one tier of random codes in pages, and 64 newest slots of 94."""
     heads, kv_heads, size, dtype = MODELS[model]
@@ -544,7 +651,7 @@ def prefill_attention(model: str, keys: int) -> dict:
 
 SWEEPS = {
     "decode": decode_sweep, "scores": scores_sweep, "select": select_sweep, "compact": compact_sweep,
-    "packed": packed_sweep,
+    "packed": packed_sweep, "echo": echo_sweep,
 }  # fmt: skip
 
 
@@ -574,6 +681,13 @@ def measure_eviction(report: dict) -> None:
     print(f"eviction after {elapsed():.0f} s", flush=True)
 
 
+def measure_echo(report: dict) -> None:
+    """Turning keys and the scores of the band, beside the window scores that `echo` adds."""
+    report["echo_error"] = check_echo()
+    report["echo"] = [echo_row(*case, report["copy_TBps"]) for case in ECHOES]
+    print(f"echo after {elapsed():.0f} s", flush=True)
+
+
 def measure_packing(report: dict) -> None:
     """Writing pages of codes."""
     report["packing_equal"] = check_packing()
@@ -593,7 +707,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "kernels.json")
     parser.add_argument(
-        "--only", choices=["attention", "eviction", "packing", "packed"], help="some of the kernels; default: all"
+        "--only",
+        choices=["attention", "echo", "eviction", "packing", "packed"],
+        help="some of the kernels; default: all",
     )
     parser.add_argument("--seconds", type=float, default=140, help="when to stop trying other tiles")
     arguments = parser.parse_args()
@@ -605,6 +721,8 @@ def main() -> None:
         print({name: round(report[name], 2) for name in ("copy_TBps", "bf16_TFLOPs")}, flush=True)
         if arguments.only in (None, "eviction"):
             measure_eviction(report)
+        if arguments.only in (None, "echo"):
+            measure_echo(report)
         if arguments.only in (None, "attention"):
             measure_attention(report)
         if arguments.only in (None, "packing"):
@@ -613,6 +731,7 @@ def main() -> None:
             measure_packed(report)
         report["sweeps"] = {}
         for model, kind, *size in (
+            *((model, "echo", tokens) for model, tokens in ECHOES[:2]),
             ("pythia-2.8b", "select", 1, 6144, 1536), ("pythia-2.8b", "compact", 1, 6144, 1536),
             ("pythia-2.8b", "select", 8, 6144, 1536), ("llama-8b", "select", 1, 32768, 8192),
             ("llama-8b", "compact", 1, 32768, 8192),
@@ -622,7 +741,9 @@ def main() -> None:
             ("pythia-2.8b", "decode", 1, 6272), ("llama-8b", "scores", 6144, 32),
             *((model, "packed", *size) for model, *size in PACKED_SWEEPS),
         ):  # fmt: skip
-            about = {"select": "eviction", "compact": "eviction", "packed": "packed"}.get(kind, "attention")
+            about = {"select": "eviction", "compact": "eviction", "packed": "packed", "echo": "echo"}.get(
+                kind, "attention"
+            )
             if arguments.only not in (None, about):
                 continue
             report["sweeps"][f"{kind} {model} {size}"] = SWEEPS[kind](model, *size, arguments.seconds)
@@ -632,7 +753,7 @@ def main() -> None:
     for name, found in report["sweeps"].items():
         print(name + ": " + "; ".join(f"{k} {v:.1f}" for k, v in sorted(found.items(), key=lambda item: item[1])))
     print()
-    for name in ("decode", "scores", "prefill", "eviction", "packing", "packed"):
+    for name in ("decode", "scores", "prefill", "echo", "eviction", "packing", "packed"):
         if name in report:
             table(report[name])
     print(f"{report['copy_TBps']:.2f} TB/s copied, {report['bf16_TFLOPs']:.0f} TFLOP/s, {elapsed():.0f} s in all")

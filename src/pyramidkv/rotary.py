@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pyramidkv.errors import UnsupportedError
+from pyramidkv.ops.turn import turn
 
 # Types whose frequencies depend on the config alone. "dynamic" and "longrope" choose theirs by the length of a forward.
 TYPES = ("default", "linear", "llama3", "yarn")
@@ -22,6 +23,7 @@ class Rotary:
 
     def __init__(self, frequencies: Tensor) -> None:
         self.frequencies = frequencies
+        self._copies: dict[torch.device, Tensor] = {}
 
     @classmethod
     def of(cls, model_config: Any) -> Rotary:
@@ -42,9 +44,11 @@ class Rotary:
 
     def turn(self, query: Tensor, distance: Tensor) -> Tensor:
         """(B, H, Q, D) rotated queries moved on by `distance` (B,) tokens; the first R channels, in halves."""
-        half = self.frequencies.shape[0]
-        angle = distance.double()[:, None] * self.frequencies.to(distance.device, torch.float64)
-        cos, sin = (t.float()[:, None, None] for t in (angle.cos(), angle.sin()))  # (B, 1, 1, R / 2)
-        wide = query.float()
-        one, two = wide[..., :half], wide[..., half : 2 * half]
-        return torch.cat([one * cos - two * sin, two * cos + one * sin, wide[..., 2 * half :]], dim=-1).to(query.dtype)
+        angle = distance[:, None] * self._on(distance.device)
+        return turn(query, angle.cos(), angle.sin())
+
+    def _on(self, device: torch.device) -> Tensor:
+        """The frequencies in float64 on a device, copied there once: the host would wait for each copy."""
+        if device not in self._copies:
+            self._copies[device] = self.frequencies.to(device, torch.float64, non_blocking=True)
+        return self._copies[device]

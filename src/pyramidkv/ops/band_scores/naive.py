@@ -34,8 +34,7 @@ def band_scores(query: Tensor, key: Tensor, scaling: float, valid: Tensor | None
     """
     batch, heads, keys, _ = query.shape
     kv_heads = key.shape[1]
-    if key.shape[2] != keys:
-        raise ValueError(f"query has {keys} tokens, key {key.shape[2]}: they must be of the same tokens")
+    same_tokens(query, key)
     groups = heads // kv_heads
     real = torch.ones(1, 1, keys, dtype=torch.bool, device=key.device) if valid is None else by_head(valid)
     real = real.expand(batch, kv_heads, keys)
@@ -54,6 +53,12 @@ def band_scores(query: Tensor, key: Tensor, scaling: float, valid: Tensor | None
         share = torch.where(asks & (apart <= SPAN), (around - lse).exp(), 0.0).clamp(max=1.0)
         total[:, :, near] += share.nan_to_num(0.0).square().sum((2, 3))
     return (total / groups).sqrt()
+
+
+def same_tokens(query: Tensor, key: Tensor) -> None:
+    """Raises `ValueError` if there are not as many queries as keys."""
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"query has {query.shape[2]} tokens, key {key.shape[2]}: they must be of the same tokens")
 
 
 def _logits(query: Tensor, key: Tensor, real: Tensor) -> Tensor:
