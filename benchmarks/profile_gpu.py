@@ -31,9 +31,8 @@ STEPS = 40
 SETTINGS: dict[str, dict[str, Any]] = {
     "ours": dict(compiled.INDUCTOR),
     "default": {},
-    "coordinate_descent_tuning": {"coordinate_descent_tuning": True},
     "max_autotune": {"max_autotune": True},
-    "ours+max_autotune": compiled.INDUCTOR | {"max_autotune_gemm": True},
+    "ours with max_autotune_gemm": compiled.INDUCTOR | {"max_autotune_gemm": True},
 }
 
 

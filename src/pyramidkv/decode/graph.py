@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyramidkv.config import CompressionConfig
+from pyramidkv.decode.compiled import compiled_step
 from pyramidkv.decode.pool import Pool
 from pyramidkv.decode.step import PLACES, Place, Step, StepCache, step_of
 from pyramidkv.ops import kernels
@@ -200,8 +201,6 @@ class DecodeGraph:
         if not self._compiled:
             cache = StepCache(layers)
             return step_of(self._forward, cache), cache
-        from pyramidkv.decode.compiled import compiled_step
-
         kept = compiled_step(self._model, self._forward, layers)
         return kept.step, kept.cache
 

@@ -69,5 +69,5 @@ def row_facts(heads: int, shares: Sequence[int], available: Sequence[int], recen
     pages = [row_pages(heads, share, most, recent) for share, most in zip(shares, available, strict=True)]
     own = [min(int(FLOOR * max(share - recent, 0)) // PAGE, n // heads) for share, n in zip(shares, pages, strict=True)]
     everything = [int(share >= most) for share, most in zip(shares, available, strict=True)]
-    facts = torch.tensor([own, pages, everything], dtype=torch.int32, pin_memory=device.type == "cuda")
-    return facts.to(device, non_blocking=True)
+    # Not pinned: so small a copy is taken along at once, and new pinned memory would have to wait for the device.
+    return torch.tensor([own, pages, everything], dtype=torch.int32).to(device, non_blocking=True)

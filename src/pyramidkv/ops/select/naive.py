@@ -62,5 +62,6 @@ def mark(scores: Tensor, *, recent: int = 0, valid: Tensor | None = None, finite
 
 
 def row_limits(limits: Sequence[int], device: torch.device) -> Tensor:
-    """One number a row, (B,) int32 on the device; pinned, so that the host does not wait for the copy."""
-    return torch.tensor(limits, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    """One number a row, (B,) int32 on the device."""
+    # Not pinned: so small a copy is taken along at once, and new pinned memory would have to wait for the device.
+    return torch.tensor(limits, dtype=torch.int32).to(device, non_blocking=True)
