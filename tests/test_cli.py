@@ -365,6 +365,12 @@ def test_report(results):
     assert "--force" in again.stderr
     answer = json.loads(run("report", results.parent, "--force", "--json").stdout)
     assert str(results.parent / "report.md") in answer["files"]
+    several = run("report", results, results.parent)
+    assert several.exit_code == 2
+    assert "--out DIR" in several.stderr
+    folder = results.parent / "both"
+    assert run("report", results, results.parent, "--out", folder).exit_code == 0
+    assert (folder / "report.html").is_file()
 
 
 # Doctor

@@ -357,7 +357,130 @@ def test_numbers_as_text(shown: str, expected: str) -> None:
     assert shown == expected
 
 
+# Several files as one
+
+
+def saved_shares(folder: Path, *shares: float) -> list[Path]:
+    """A file for each share: the full cache and two methods on one corpus and one task."""
+    paths = []
+    for index, share in enumerate(shares):
+        rows = [Compression(m, f"share={share}", share, int(share * 2e9), 2_000_000_000) for m in ("pyramidkv", "auto")]
+        records: list[Record] = [run(command=f"bench --share {share}", settings={"method": "pyramidkv", "n": index})]
+        records += [perplexity(FULL, FULL_NLL), *(perplexity(row, KEPT_NLL) for row in rows)]
+        records += [recall(FULL, "needle", 99), *(recall(row, "needle", 97) for row in rows)]
+        paths.append(save(folder / f"{index}.jsonl", records))
+    return paths
+
+
+def test_shares_of_several_files_are_one_curve(tmp_path: Path) -> None:
+    results = Results.from_files(*saved_shares(tmp_path, 0.125, 0.25))
+    assert [(s.name, len(s.variants)) for s in series_of(results)] == [("PyramidKV", 2), ("auto (4 bits)", 2)]
+    assert len(results.perplexities) == len(results.recalls) == 1 + 4  # the full cache once
+    assert results.run.command == "bench --share 0.125\nbench --share 0.25"
+    assert results.run.settings == {"method": "pyramidkv", "n": [0, 1]}
+    assert headline(results).startswith("At 12.5% of the KV memory, PyramidKV changes perplexity by +10.5%")
+
+
+def test_the_first_file_says_what_is_chosen(tmp_path: Path) -> None:
+    recalled = Compression("auto", "share=0.125", 0.4, 250_000_000, 2_000_000_000)
+    other = dataclasses.replace(recalled, setting="share=0.25", kv_bytes=500_000_000)
+    one = save(tmp_path / "1.jsonl", [run(settings={"method": "auto"}), recall(recalled, "needle", 97)])
+    two = save(tmp_path / "2.jsonl", [run(), perplexity(FULL, FULL_NLL), perplexity(other, KEPT_NLL)])
+    assert Results.from_files(one, two).chosen == recalled
+    assert Results.from_files(two, one).chosen == other
+
+
+def test_points_of_a_curve_by_hand(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from pyramidkv.report.panels import Curves
+    from pyramidkv.report.plot import _rows
+
+    panels = [panel for row in _rows(Results.from_files(*saved_shares(tmp_path, 0.25, 0.125))) for panel in row]
+    change, needle = (panel for panel in panels if isinstance(panel, Curves))
+    assert (change.title, change.full) == ("wiki perplexity", 0.0)
+    assert (needle.title, needle.full) == ("needle", 99.0)
+    for panel, expected in ((change, (10.52, 4.92, 16.41)), (needle, (97.0, 91.55, 98.97))):
+        for curve in panel.curves:
+            assert [point.share for point in curve.points] == [25.0, 12.5]
+            for point in curve.points:
+                assert (point.value, point.low, point.high) == pytest.approx(expected, abs=0.01)
+
+
+def test_points_at_equal_bytes_stand_side_by_side_and_on_the_figure() -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from pyramidkv.report.panels import Curve, Curves, Point
+
+    curves = [
+        Curve("a", "red", "o", (Point(12.5, 3.0, 2.0, 4.0), Point(50.0, 9.0, 8.0, 10.0)), strong=True),
+        Curve("b", "blue", "s", (Point(12.6, 5.0, 4.0, 6.0),), strong=False),
+    ]
+    axes = Figure(figsize=(4, 3)).add_axes((0.2, 0.2, 0.7, 0.7))
+    Curves("title", "change, %", tuple(curves), 0.0, "change", (Point(25.0, 20.0, 10.0, 30.0),)).draw(axes)
+    lines = [line for line in axes.lines if line.get_marker() in ("o", "s")]
+    (low, alone), (beside,) = (axes.transData.transform(line.get_xydata())[:, 0] / axes.figure.dpi for line in lines)
+    assert beside - low == pytest.approx(0.07, abs=0.02)
+    assert lines[0].get_xdata()[1] == pytest.approx(50.0)  # nothing beside it
+    assert alone - low > 1
+    assert axes.get_xscale() == "log"
+    assert axes.get_ylim()[0] < 0 < 30 < axes.get_ylim()[1]  # the neighbour's interval and no change
+
+
+def test_bits_and_heads_are_always_named() -> None:
+    packed = dataclasses.replace(KEPT, method="snapkv", setting="share=0.25 bits=4 heads=adaptive window=64")
+    results = Results.from_records([run(), perplexity(packed, KEPT_NLL)])
+    assert [series.name for series in series_of(results)] == ["SnapKV bits=4 heads=adaptive"]
+
+
+@pytest.mark.parametrize(
+    ("head", "row", "message"),
+    [
+        ({"model": "b"}, {}, "model is 'a-model' and 'b'"),
+        ({"dtype": "float32"}, {}, "dtype is 'float16' and 'float32'"),
+        ({}, {"context_tokens": 1024}, "'wiki' with context_tokens 1536 and 1024 can't share an axis"),
+        ({}, {"target_tokens": 64}, "'wiki' with target_tokens 512 and 64 can't"),
+        ({}, {"corpus_sha256": "decaf"}, "'wiki' with corpus_sha256 'c0ffee' and 'decaf' can't"),
+        ({}, {"chunk_nll": (3.0, 3.1)}, "'wiki' with 4 and 2 chunks can't"),
+        ({}, {"chunk_nll": (3.1, 3.3, 2.86, 3.15)}, r"two results of pyramidkv keep=0.25 .* on 'wiki'"),
+    ],
+)
+def test_files_that_cannot_share_an_axis(tmp_path: Path, head: dict, row: dict, message: str) -> None:
+    one = save(tmp_path / "1.jsonl", default_records()[:3])
+    changed = dataclasses.replace(perplexity(KEPT, KEPT_NLL), **row)
+    two = save(tmp_path / "2.jsonl", [run(**head), changed])
+    with pytest.raises(DataError, match=rf"1\.jsonl and .*2\.jsonl: .*{message}"):
+        Results.from_files(one, two)
+
+
+def test_other_questions_and_times_of_two_runs_are_refused(tmp_path: Path) -> None:
+    one = save(tmp_path / "1.jsonl", default_records())
+    two = save(tmp_path / "2.jsonl", [run(), recall(FULL, "needle", 98)])
+    with pytest.raises(DataError, match="two results of full nothing evicted on 'needle'"):
+        Results.from_files(one, two)
+    three = save(tmp_path / "3.jsonl", [run(), default_records()[7]])
+    with pytest.raises(DataError, match="times of different runs can't be compared"):
+        Results.from_files(one, three)
+
+
+def test_the_fastest_engine_of_one_compression_is_the_headlines() -> None:
+    slow = speed(KEPT, "pyramidkv, decode=graph", 0.1, 0.004, None)
+    fast = speed(KEPT, "pyramidkv, decode=compiled", 0.1, 0.003, None)
+    records: list[Record] = [run(), speed(FULL, "DynamicCache", 0.09, 0.075, None), slow, fast]
+    assert "takes 3.00 ms per token" in headline(Results.from_records(records))
+
+
 # The renderers
+
+
+def test_a_narrow_terminal_keeps_names_whole() -> None:
+    long = dataclasses.replace(KEPT, setting="share=0.25 heads=adaptive")
+    out = StringIO()
+    records: list[Record] = [run(), perplexity(FULL, FULL_NLL), perplexity(long, KEPT_NLL)]
+    records += [perplexity(FULL, FULL_NLL, "books"), perplexity(long, KEPT_NLL, "books"), recall(long, "needle", 9)]
+    Console(file=out, width=60).print(methods_table(Results.from_records(records)).rich())
+    assert "heads=adaptive" in out.getvalue()
+    assert max(map(len, out.getvalue().splitlines())) <= 60
 
 
 def test_rich_shows_brackets_as_they_are() -> None:

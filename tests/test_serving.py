@@ -116,7 +116,7 @@ def test_bench_writes_it_and_the_report_shows_it(tmp_path, monkeypatch):
     records = schema.read(path)
     assert [record.kind for record in records] == ["run", "serving", "serving"]
     assert schema.read(run(settings, tmp_path, resume=True)) == records
-    results = Results.from_file(path)
+    results = Results.from_files(path)
     (table,) = serving_tables(results)
     assert [row[0].value for row in table.rows] == ["Full cache", "PyramidKV"]
     assert headline(results).startswith("With ")

@@ -5,7 +5,7 @@ import torch
 
 from families import model
 from pyramidkv import CompressionConfig, PyramidKVError
-from pyramidkv.evaluate import speed
+from pyramidkv.evaluate import perplexity, speed
 
 CONFIG = CompressionConfig(keep=0.25, window=8)
 
@@ -31,6 +31,18 @@ def test_engines_alternate_and_rows_hold_every_repeat():
     # Kept tokens, and exactly as many free slots as tokens were asked for.
     assert compressed.compression.kv_bytes == 2 * 3 * (15 + 5) * 2 * (2 * 32 * 4 + 4)
     assert plain.config._attn_implementation == "sdpa"
+
+
+def test_ways_of_decoding_are_engines_not_settings():
+    plain = model("llama-4-2-32")
+    *_, graph, compiled = speed.engines([CONFIG], torch.device("cuda"))
+    assert [e.config.decode for e in (graph, compiled)] == ["graph", "compiled"]
+    assert graph.name == "pyramidkv, keep=0.25 window=8 decode=graph"
+    assert perplexity.setting(graph.config) == perplexity.setting(compiled.config) == "keep=0.25 window=8"
+    eager = speed.Engine("pyramidkv, eager", CompressionConfig(keep=0.25, window=8, decode="eager"))
+    arguments = {"batch": 1, "prompt": 60, "new_tokens": 3, "repeats": 1, "weights_random": True, "bandwidth": None}
+    (row,) = next(speed.measure(plain, "tiny", [eager], **arguments))
+    assert row.compression.setting == "keep=0.25 window=8"
 
 
 def test_a_speed_row_in_which_nothing_was_compressed_fails():

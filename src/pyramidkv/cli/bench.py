@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -136,7 +136,7 @@ def bench(
         results = run(settings, where, resume=resume, force=force, progress=show)
     if not first:
         return  # of several processes that share a measurement, the first writes and prints
-    show_report(results, where, overwrite=resume or force, as_json=as_json)
+    show_report([results], where, overwrite=resume or force, as_json=as_json)
 
 
 def _others(config: CompressionConfig, ablations: bool) -> list[CompressionConfig]:
@@ -176,15 +176,15 @@ def progress(*, shown: bool = True) -> Iterator[Progress]:
         yield show
 
 
-def show_report(results: Path, folder: Path, *, overwrite: bool, as_json: bool) -> None:
+def show_report(results: Sequence[Path], folder: Path, *, overwrite: bool, as_json: bool) -> None:
     """Write the report beside the results and print its tables."""
     import pyramidkv.report
     from pyramidkv.report import Results, headline, methods_table, serving_tables, summary_table
 
-    read = Results.from_file(results)
+    read = Results.from_files(*results)
     written = pyramidkv.report.write(results, folder, force=overwrite)
     if as_json:
-        json_out({"headline": headline(read), "files": [str(path) for path in (results, *written)]})
+        json_out({"headline": headline(read), "files": [str(path) for path in (*results, *written)]})
         return
     if read.chosen is not None or not read.servings:
         out.print(summary_table(read).rich())
@@ -193,5 +193,7 @@ def show_report(results: Path, folder: Path, *, overwrite: bool, as_json: bool) 
     for table in serving_tables(read):
         out.print(table.rich())
     out.print(headline(read), markup=False)
-    for path in (results, *written):
+    for path in results:
+        out.print(f"results: {path}", markup=False, soft_wrap=True)
+    for path in written:
         out.print(f"wrote {path}", markup=False, soft_wrap=True)

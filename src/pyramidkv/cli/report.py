@@ -1,4 +1,4 @@
-"""`pyramidkv report`: tables, pictures and a page from a results file."""
+"""`pyramidkv report`: tables, pictures and a page from results files."""
 
 from __future__ import annotations
 
@@ -11,24 +11,32 @@ from pyramidkv.cli.options import Force, Json
 
 
 def report(
-    results: Annotated[Path, typer.Argument(help="A results.jsonl of `pyramidkv bench`, or the folder that holds it.")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="A results.jsonl of `pyramidkv bench`, or the folder that holds it; several of one model."),
+    ],
     folder: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where to write. Default: beside the results.", metavar="DIR")
+        Path | None,
+        typer.Option("--out", "-o", help="Where to write. Default, for one file: beside it.", metavar="DIR"),
     ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write a report of a results file: result.png, report.md, report.html.
+    """Write a report of one results file, or of several as one: result.png, report.md, report.html.
 
     Examples:
 
         pyramidkv report results/results.jsonl
 
         pyramidkv report results --out docs/report --force
+
+        pyramidkv report share-12/ share-25/ --out curves
     """
     from pyramidkv.cli.bench import show_report
+    from pyramidkv.errors import ConfigError
     from pyramidkv.evaluate.schema import RESULTS
 
-    if results.is_dir():
-        results = results / RESULTS
-    show_report(results, folder or results.parent, overwrite=force, as_json=as_json)
+    if folder is None and len(results) > 1:
+        raise ConfigError("out: several results files are reported in a folder of their own; give --out DIR")
+    paths = [path / RESULTS if path.is_dir() else path for path in results]
+    show_report(paths, folder or paths[0].parent, overwrite=force, as_json=as_json)

@@ -56,10 +56,18 @@ def stored(config: CompressionConfig, model: Any) -> CompressionConfig:
     return replace(config, room=1, kv_dtype="float16" if wide else config.kv_dtype)
 
 
+def setting(config: CompressionConfig) -> str:
+    """A config in the words of a record: all but the way of decoding, which changes neither quality nor bytes.
+
+    Rows of one compression have one setting, on whatever engine they were measured; the engine's name tells the way.
+    """
+    return replace(config, decode="auto").describe()
+
+
 def compression(config: CompressionConfig, usage: CacheUsage) -> Compression:
     """The record of what a cache kept. The baseline counts as `transformers` stores it, without our bookkeeping."""
     kv_bytes = usage.full_kv_bytes if config.method == "full" else usage.kv_bytes
-    return Compression(config.method, config.describe(), usage.keep, kv_bytes, usage.full_kv_bytes)
+    return Compression(config.method, setting(config), usage.keep, kv_bytes, usage.full_kv_bytes)
 
 
 def measure(

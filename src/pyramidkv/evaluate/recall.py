@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
 from pyramidkv.config import CompressionConfig
-from pyramidkv.evaluate.perplexity import FULL, compression, stored
+from pyramidkv.evaluate.perplexity import FULL, compression, setting, stored
 from pyramidkv.evaluate.prefill import prefill
 from pyramidkv.evaluate.schema import Compression, Recall
 from pyramidkv.evaluate.tasks import Example, Probe
@@ -48,7 +48,7 @@ def measure(
             for row, number in zip(correct, answered, strict=True):
                 row.append(number)
             yield [
-                Recall(name, example.task, context, question_aware, replace(c, setting=config.describe()), tuple(row),
+                Recall(name, example.task, context, question_aware, replace(c, setting=setting(config)), tuple(row),
                        tuple(probes))
                 for config, c, row in zip((FULL, *configs), held, correct, strict=True)
             ]  # fmt: skip

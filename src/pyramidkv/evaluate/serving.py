@@ -21,6 +21,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError
+from pyramidkv.evaluate.perplexity import setting
 from pyramidkv.evaluate.schema import Compression, Serving, Spread
 from pyramidkv.evaluate.speed import Engine, cudnn_attention, peak_bytes, reset_peak, synchronize
 from pyramidkv.plan import Plan
@@ -166,7 +167,7 @@ def _record(
         generated_tokens=sum(request.new_tokens for request in requests),
         memory_bytes=memory,
         batch=batch,
-        compression=Compression(config.method, config.describe(), last.keep, last.kv_bytes, last.full_kv_bytes),
+        compression=Compression(config.method, setting(config), last.keep, last.kv_bytes, last.full_kv_bytes),
         total_seconds=Spread(tuple(run.seconds for run in runs)),
         mean_ttft_seconds=Spread(tuple(sum(run.ttft_seconds) / len(run.ttft_seconds) for run in runs)),
         max_memory_bytes=max(peaks) if peaks else None,

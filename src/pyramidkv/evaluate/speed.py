@@ -22,6 +22,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import PyramidKVError
+from pyramidkv.evaluate.perplexity import setting
 from pyramidkv.evaluate.schema import Compression, Speed, Spread
 from pyramidkv.plan import Plan
 from pyramidkv.session import compress
@@ -187,7 +188,7 @@ def _generate(model: Any, engine: Engine, ids: Tensor, new_tokens: int) -> _Timi
                     f"{engine.name} kept all tokens of a prompt of {ids.shape[1]}: nothing was compressed"
                 )
             assert engine.config is not None
-            kept = Compression(engine.config.method, engine.config.describe(), usage.keep, usage.kv_bytes, full)
+            kept = Compression(engine.config.method, setting(engine.config), usage.keep, usage.kv_bytes, full)
     ticks = clock.ticks
     return _Timing(ticks[0] - start, (ticks[-1] - ticks[0]) / (len(ticks) - 1), peak, kept)
 

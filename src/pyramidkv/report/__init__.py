@@ -1,4 +1,4 @@
-"""Reports of a results file: tables, pictures, Markdown and one self-contained page. Nothing here measures.
+"""Reports of results files: tables, pictures, Markdown and one self-contained page. Nothing here measures.
 
 The tables need no optional package, so that a terminal can show them; `write` needs those of `pyramidkv[report]`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from pyramidkv.errors import ConfigError
@@ -34,15 +35,18 @@ __all__ = [
 _RESULT, _LAYERS, _MARKDOWN, _PAGE = "result.png", "layers.png", "report.md", "report.html"
 
 
-def write(results: Path, out: Path, *, force: bool = False) -> list[Path]:
+def write(results: Path | Sequence[Path], out: Path, *, force: bool = False) -> list[Path]:
     """Write `result.png`, `report.md` and `report.html`, and `layers.png` where layers were recorded, into `out`.
 
+    `results` is a results file, or several of one model that are reported as one.
+
     Nothing is written before all of it has been made. Raises `ConfigError` if a file is already there and `force` is
-    not given, if `out` cannot be written, or if a package is missing; `DataError` if `results` cannot be read.
+    not given, if `out` cannot be written, or if a package is missing; `DataError` if `results` cannot be read
+    or combined.
     """
     require_packages()
     _refuse_overwrite(out, force)
-    made = _make(Results.from_file(results))
+    made = _make(Results.from_files(*([results] if isinstance(results, Path) else results)))
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in {_RESULT, _LAYERS} - made.keys():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pyramidkv.evaluate.schema import Layers
 from pyramidkv.report.headline import headline
-from pyramidkv.report.methods import engines_table, methods_table
+from pyramidkv.report.methods import engines_table, layers_label, methods_table
 from pyramidkv.report.results import FULL, Results
 from pyramidkv.report.serving import serving_tables
 from pyramidkv.report.summary import corpus_label, summary_table, workload_tables
@@ -40,7 +40,7 @@ def content_of(results: Results) -> Content:
         headline=headline(results),
         summary=() if only_served else (summary_table(results), *workload_tables(results)),
         comparison=tuple(comparison),
-        budgets=tuple(_budgets(record) for record in results.layers),
+        budgets=tuple(_budgets(results, record) for record in results.layers),
         run=_run(results),
         corpora=_corpora(results) if results.corpora else None,
         chunks=_chunks(results) if results.perplexities else None,
@@ -95,7 +95,7 @@ def _chunks(results: Results) -> Table:
     return Table(title, ("Corpus", "Method", "Chunks"), tuple(rows))
 
 
-def _budgets(record: Layers) -> Table:
+def _budgets(results: Results, record: Layers) -> Table:
     rows = tuple(
         (Cell(str(layer)), Cell(str(tokens)), Cell(size(kv_bytes)), Cell(significant(_mean_kept(record, layer), 4)))
         for layer, (tokens, kv_bytes) in enumerate(zip(record.budget_tokens, record.kv_bytes, strict=True))
@@ -106,7 +106,7 @@ def _budgets(record: Layers) -> Table:
         Cell(size(sum(record.kv_bytes))),
         Cell(significant(sum(_mean_kept(record, layer) for layer in range(len(record.kept_positions))), 6)),
     )
-    title = f"{method_name(record.method)}: budget of each layer, prompt of {record.prompt_tokens} tokens"
+    title = f"{layers_label(results, record)}: budget of each layer, prompt of {record.prompt_tokens} tokens"
     return Table(title, ("Layer", "Budget, tokens", "KV bytes", "Kept, tokens per KV head"), (*rows, total))
 
 

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from pyramidkv.errors import DataError
 from pyramidkv.evaluate.schema import Layers
+from pyramidkv.report.methods import layers_label
 from pyramidkv.report.panels import fit
 from pyramidkv.report.results import Results
 from pyramidkv.report.series import colour_of
 from pyramidkv.report.style import RC, WIDTH, png
-from pyramidkv.report.text import method_name
 
 MOST = 8  # records in one figure; a caption says how many were left out
 _BINS = 96
@@ -64,7 +64,7 @@ def _figure(results: Results, records: tuple[Layers, ...]) -> Figure:
     for record, height in zip(records, heights, strict=True):
         bottom = (top - _ABOVE - height) / total
         bars = figure.add_axes((_LEFT / WIDTH, bottom, _BUDGETS / WIDTH, height / total))
-        _draw_budgets(bars, record, colour_of(results, record.method))
+        _draw_budgets(bars, record, layers_label(results, record), colour_of(results, record.method))
         grid = figure.add_axes((left / WIDTH, bottom, width / WIDTH, height / total), sharey=bars)
         scale = figure.add_axes(((left + width + 0.1) / WIDTH, bottom, _SCALE / WIDTH, height / total))
         _draw_positions(grid, scale, record)
@@ -72,9 +72,9 @@ def _figure(results: Results, records: tuple[Layers, ...]) -> Figure:
     return figure
 
 
-def _draw_budgets(axes: Axes, record: Layers, colour: str) -> None:
+def _draw_budgets(axes: Axes, record: Layers, label: str, colour: str) -> None:
     axes.barh(range(len(record.budget_tokens)), record.budget_tokens, height=0.8, color=colour)
-    axes.set_title(fit(method_name(record.method), _BUDGETS))
+    axes.set_title(fit(label, _BUDGETS + 0.2))
     axes.set_xlabel("budget, tokens")
     axes.set_ylabel("layer (0: at the input)")
     axes.set_ylim(len(record.budget_tokens) - 0.5, -0.5)

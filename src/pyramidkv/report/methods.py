@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pyramidkv.evaluate.schema import Compression, Recall, Speed, accuracy_interval
+from pyramidkv.evaluate.schema import Compression, Layers, Recall, Speed, accuracy_interval
 from pyramidkv.report.results import (
     FULL,
     Corpus,
@@ -65,6 +65,15 @@ def task_label(results: Results, task: Task) -> str:
     if task.question_aware:
         label += " (question seen)"
     return label + model_suffix(results, task.model)
+
+
+def layers_label(results: Results, record: Layers) -> str:
+    """Whose layers a record is of; with the share of the tokens kept, where there are several of one method."""
+    name = method_name(record.method)
+    if sum(other.method == record.method for other in results.layers) < 2:
+        return name
+    tokens = sum(record.budget_tokens) / len(record.budget_tokens)
+    return f"{name}, {share(tokens / record.prompt_tokens)} kept"
 
 
 def accuracy_cell(row: Recall) -> Cell:

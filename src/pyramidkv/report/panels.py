@@ -12,6 +12,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from pyramidkv.report.style import GREY, INK
 
+_EQUAL = 0.05  # shares of the bytes that differ by less are drawn side by side
+_BESIDE, _SPREAD = 0.07, 0.21  # inches between two such points; most from the first to the last, of the axes
 _BAR = 0.46  # inches of one bar and the label above it
 _CHARACTER = 0.088  # inches of a character of 10 pt bold type, on the generous side
 _WIDE = 12.0  # largest over smallest change from which a linear axis would hide the small ones
@@ -50,6 +52,7 @@ class Curves:
     curves: tuple[Curve, ...]
     full: float | None
     kind: Kind
+    among: tuple[Point, ...] = ()  # points of its neighbours, whose scale it shares
 
     left: ClassVar[float] = 0.82  # inches to the left of the axes: its ticks and label
 
@@ -66,20 +69,31 @@ class Curves:
         axes.grid(True, axis="y")
         if self.full is not None:
             axes.axhline(self.full, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+        every = [point for curve in self.curves for point in curve.points]
+        _share_axis(axes, [point.share for point in every])
         for curve in self.curves:
-            self._draw_curve(axes, curve)
-        _share_axis(axes, [point.share for curve in self.curves for point in curve.points])
+            points = sorted(curve.points, key=lambda point: point.share)
+            self._draw_curve(axes, curve, points, [_right(axes, p.share, self._shift(axes, curve, p)) for p in points])
         if self.kind == "accuracy":
             axes.set_ylim(-4, 104)
             axes.yaxis.set_major_locator(FixedLocator([0, 25, 50, 75, 100]))
         else:
-            _change_axis(axes, [point for curve in self.curves for point in curve.points], "y")
+            _change_axis(axes, [*every, *self.among], "y")
+            if axes.get_yscale() == "linear":
+                low, high = _bounds([*every, *self.among])
+                margin = 0.05 * (high - low or 1.0)
+                axes.set_ylim(low - margin, high + margin)
+
+    def _shift(self, axes: Axes, curve: Curve, point: Point) -> float:
+        """Inches to the right, or left, of a point: at equal bytes, intervals would hide one another."""
+        beside = [c for c in self.curves if any(abs(p.share - point.share) < _EQUAL * point.share for p in c.points)]
+        step = min(_BESIDE, _SPREAD * _inches(axes) / len(beside))
+        return step * (beside.index(curve) - (len(beside) - 1) / 2)
 
     @staticmethod
-    def _draw_curve(axes: Axes, curve: Curve) -> None:
-        points = sorted(curve.points, key=lambda point: point.share)
+    def _draw_curve(axes: Axes, curve: Curve, points: Sequence[Point], at: Sequence[float]) -> None:
         axes.errorbar(
-            [point.share for point in points],
+            at,
             [point.value for point in points],
             yerr=_errors(points),
             color=curve.colour,
@@ -144,10 +158,10 @@ class Intervals:
             return
         axes.axvline(0, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
         _change_axis(axes, self.estimates, "x")
-        bounds = [0.0, *(b for e in self.estimates for b in (e.value, e.low, e.high) if math.isfinite(b))]
         if axes.get_xscale() == "linear":
-            span = max(bounds) - min(bounds) or 1.0
-            axes.set_xlim(min(bounds) - 0.04 * span, max(bounds) + 0.32 * span)
+            low, high = _bounds(self.estimates)
+            span = high - low or 1.0
+            axes.set_xlim(low - 0.04 * span, high + 0.32 * span)
 
     def _draw_estimate(self, axes: Axes, estimate: Estimate, at: float) -> None:
         axes.errorbar(
@@ -241,6 +255,12 @@ def _inches(axes: Axes) -> float:
     return float(axes.bbox.width / axes.figure.dpi)
 
 
+def _right(axes: Axes, share: float, inches: float) -> float:
+    """The share that lies so many inches to the right, on an axis that has its limits."""
+    x, y = axes.transData.transform((share, axes.get_ylim()[1]))
+    return float(axes.transData.inverted().transform((x + inches * axes.figure.dpi, y))[0])
+
+
 def _label_above(axes: Axes, text: str, at: float) -> None:
     axes.annotate(
         fit(text, 1.15 * _inches(axes)),  # not bold: narrower
@@ -252,6 +272,12 @@ def _label_above(axes: Axes, text: str, at: float) -> None:
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
         zorder=5,
     )
+
+
+def _bounds(points: Sequence[Point | Estimate]) -> tuple[float, float]:
+    """From the lowest to the highest that is drawn, no change included."""
+    drawn = [0.0, *(b for p in points for b in (p.value, p.low, p.high) if math.isfinite(b))]
+    return min(drawn), max(drawn)
 
 
 def _errors(points: Sequence[Point | Estimate]) -> list[list[float]]:

@@ -35,6 +35,7 @@ from pyramidkv.report.text import enumeration, method_name, percent, seconds, sh
 _ABOVE, _BELOW, _BETWEEN = 0.36, 0.56, 0.14
 _LEGEND = 0.27  # inches of one line of the legend
 _LEGEND_COLUMNS = 4
+_MOST_ABREAST = 5  # curves that can be told apart in panels of a third of the width
 _Row = TypeVar("_Row", Perplexity, Recall)
 
 
@@ -51,7 +52,10 @@ def result_caption(results: Results) -> str:
     """What the figure shows, for readers who see it without the report."""
     parts = []
     if results.perplexities or results.recalls:
-        parts.append("Quality against KV bytes; error bars are 95% intervals, the full cache is dashed or a grey mark.")
+        parts.append(
+            "Quality against KV bytes; error bars are 95% intervals, the full cache is dashed or a grey mark. "
+            "Points at equal bytes are drawn side by side."
+        )
     if results.speeds:
         parts.append(
             f"Memory and times at {enumeration([describe(w) for w in results.workloads])}: medians with min-max; "
@@ -112,22 +116,33 @@ def _rows(results: Results) -> list[list[Panel]]:
     curves = series_of(results)
     if len(results.variants) == 1:
         groups = [[_all_perplexity(results, curves[0]), _all_recall(results, curves[0])]]
-    elif any(len(series.variants) > 1 for series in curves):
-        groups = [
-            [_perplexity_curves(results, corpus, curves) for corpus in results.corpora],
-            [_recall_curves(results, task, curves) for task in results.tasks],
-        ]
     else:
         groups = [
-            [_perplexity_lines(results, corpus, curves) for corpus in results.corpora],
-            [_recall_lines(results, task, curves) for task in results.tasks],
+            [_perplexity_panel(results, corpus, curves) for corpus in results.corpora],
+            [_recall_panel(results, task, curves) for task in results.tasks],
         ]
     groups += [[_kv_bars(results), _memory_bars(results)], [_ttft_bars(results), _tpot_bars(results)]]
     return [row for group in groups for row in _wrapped([panel for panel in group if panel])]
 
 
+def _perplexity_panel(results: Results, corpus: Corpus, curves: Sequence[Series]) -> Panel | None:
+    several = _several_amounts(results.perplexity_rows(corpus), curves)
+    return (_perplexity_curves if several else _perplexity_lines)(results, corpus, curves)
+
+
+def _recall_panel(results: Results, task: Task, curves: Sequence[Series]) -> Panel | None:
+    several = _several_amounts(results.recall_rows(task), curves)
+    return (_recall_curves if several else _recall_lines)(results, task, curves)
+
+
+def _several_amounts(rows: Sequence[_Row], curves: Sequence[Series]) -> bool:
+    """Whether any method has more than one point: points at equal bytes are easier to tell apart on labelled lines."""
+    return any(sum(series.holds(row.compression) for row in rows) > 1 for series in curves)
+
+
 def _wrapped(panels: Sequence[Panel]) -> list[list[Panel]]:
-    width = 3 if len(panels) % 3 == 0 else 2
+    crowded = any(isinstance(panel, Curves) and len(panel.curves) > _MOST_ABREAST for panel in panels)
+    width = 3 if len(panels) % 3 == 0 and not crowded else 2
     return [list(panels[start : start + width]) for start in range(0, len(panels), width)]
 
 
@@ -137,7 +152,8 @@ def _perplexity_curves(results: Results, corpus: Corpus, all_series: Sequence[Se
 
     curves = _curves(results.perplexity_rows(corpus), all_series, point)
     title = f"{corpus_label(results, corpus)} perplexity"
-    return Curves(title, "change, %", curves, 0.0, "change") if curves else None
+    among = tuple(p for row in results.perplexities if row.compression.method != FULL and (p := point(row)))
+    return Curves(title, "change, %", curves, 0.0, "change", among) if curves else None
 
 
 def _recall_curves(results: Results, task: Task, all_series: Sequence[Series]) -> Panel | None:

@@ -1,7 +1,8 @@
-"""The records of one results file, sorted: which rows are compared with which. No text and no drawing here."""
+"""The records of a report, sorted: which rows are compared with which. No text and no drawing here."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from pyramidkv.evaluate.schema import (
     pick,
     read,
 )
+from pyramidkv.report.combine import combine
 
 FULL = "full"
 _SAME_KEEP = 0.01  # rows of one method whose kept share differs by no more are taken as one setting
@@ -85,7 +87,7 @@ def kv_share(compression: Compression) -> float:
 
 @dataclass(frozen=True)
 class Results:
-    """One results file. Lists keep the order of the file; `chosen` is the compressed row of the report's own table."""
+    """What a report is made of. Lists keep the order of the file; `chosen` is the row of the report's own table."""
 
     run: Run
     perplexities: tuple[Perplexity, ...]
@@ -115,9 +117,13 @@ class Results:
         )
 
     @classmethod
-    def from_file(cls, path: Path) -> Results:
-        """Read a `results.jsonl`. Raises `DataError` naming the line that is not a record."""
-        return cls.from_records(read(path))
+    def from_files(cls, *paths: Path) -> Results:
+        """Read one `results.jsonl`, or several of one model as one; what is chosen, the first file says.
+
+        Raises `DataError` naming the line that is not a record, or the files that cannot be combined.
+        """
+        files = [(path, read(path)) for path in paths]
+        return dataclasses.replace(cls.from_records(combine(files)), chosen=cls.from_records(files[0][1]).chosen)
 
     @property
     def corpora(self) -> list[Corpus]:

@@ -10,7 +10,8 @@ from pyramidkv.report.results import Results, Variant
 from pyramidkv.report.style import looks
 from pyramidkv.report.text import method_name
 
-_BUDGETS = ("keep=", "budget=", "bytes=")
+_BUDGETS = ("keep=", "budget=", "share=", "bytes=")
+_ALWAYS = ("bits=", "heads=")  # another kind of compression, not another detail of the same
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def colour_of(results: Results, method: str) -> str:
 
 
 def _name(variant: Variant, variants: Sequence[Variant]) -> str:
-    """The method, and those words of its setting, beside the budget, that not all its settings have."""
+    """The method, its bits and heads, and those words of its settings, but the budget, that are not in all."""
     own = [v.setting.split() for v in variants if v.method == variant.method]
-    words = [w for w in variant.setting.split() if not w.startswith(_BUDGETS) and not all(w in words for words in own)]
-    return " ".join([method_name(variant.method), *words])
+    words = [word for word in variant.setting.split() if not word.startswith(_BUDGETS)]
+    shown = [word for word in words if word.startswith(_ALWAYS) or not all(word in other for other in own)]
+    return " ".join([method_name(variant.method), *shown])

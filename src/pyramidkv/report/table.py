@@ -12,6 +12,7 @@ from rich.text import Text
 
 Tone = Literal["", "better", "worse", "missing"]
 _SHORT = 24  # characters of small print that a narrow column should not break
+_WORD = 16  # characters of a word in the first column that a narrow terminal should not break
 _STYLES: dict[Tone, str] = {"": "", "better": "green", "worse": "red", "missing": "dim"}
 
 
@@ -46,7 +47,11 @@ class Table:
             box=box.SIMPLE_HEAD,
         )
         for index, column in enumerate(self.columns):
-            grid.add_column(Text(column), justify="left" if index == 0 else "right", overflow="fold")
+            # A narrow terminal breaks the numbers' details, not the names of what they belong to.
+            words = [word for row in self.rows if index == 0 for word in f"{row[0].value} {row[0].detail}".split()]
+            least = min(max(map(len, words), default=1), _WORD)
+            justify: Literal["left", "right"] = "right" if index else "left"
+            grid.add_column(Text(column), justify=justify, overflow="fold", min_width=least)
         for row in self.rows:
             grid.add_row(*(_rich_cell(cell) for cell in row))
         return grid
