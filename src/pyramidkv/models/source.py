@@ -21,7 +21,7 @@ from pyramidkv.models.hub import hub_problem
 from pyramidkv.models.shapes import DEFAULT_MODEL, RANDOM, SHAPES, shape_config
 from pyramidkv.shape import cache_shape
 
-__all__ = ["DEFAULT_MODEL", "RANDOM", "LoadedModel", "count_parameters", "load_config", "load_model"]
+__all__ = ["DEFAULT_MODEL", "RANDOM", "LoadedModel", "count_parameters", "load_config", "load_model", "load_tokenizer"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
@@ -86,8 +86,18 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
         return LoadedModel(model, None, name, True, parameters)
     arguments = _arguments(name)
     model = _read("AutoModelForCausalLM", name, arguments | {"dtype": chosen})
-    tokenizer = _read("AutoTokenizer", name, arguments) if _has_tokenizer(arguments) else None
-    return LoadedModel(model.to(place).eval(), tokenizer, name, False, parameters)
+    return LoadedModel(model.to(place).eval(), load_tokenizer(name), name, False, parameters)
+
+
+def load_tokenizer(name: str) -> Any | None:
+    """The tokenizer of a model, without its weights; None for random weights, and for a folder that has none.
+
+    `name` and errors: as for `load_config`.
+    """
+    if name.startswith(RANDOM):
+        return None
+    arguments = _arguments(name)
+    return _read("AutoTokenizer", name, arguments) if _has_tokenizer(arguments) else None
 
 
 def count_parameters(config: Any) -> int:
