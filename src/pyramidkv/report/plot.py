@@ -232,7 +232,7 @@ def _recall_lines(results: Results, task: Task, all_series: Sequence[Series]) ->
     estimates = [_full_estimate(f"{method_name(FULL)}: {share(full.accuracy)}", full)] if full else []
     estimates += [
         _accuracy_estimate(
-            f"{series.name}, {share(kv_share(row.compression))} of KV: {share(row.accuracy)}", row, series
+            f"{series.name}: {share(row.accuracy)}, {share(kv_share(row.compression))} of KV", row, series
         )
         for series in all_series
         for row in rows
