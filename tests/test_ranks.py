@@ -83,14 +83,14 @@ def test_two_processes_write_what_one_does(folder, tmp_path):
         model=str(folder),
         metrics=("perplexity", "recall"),
         corpora=("python-reference",),
-        context=60,
+        context=160,
         target=20,
         chunks=5,
         recall_context=(300,),
         recall_examples=3,
     )
     alone = schema.read(bench.run(settings, tmp_path / "alone"))
-    common = ["--model", folder, "--keep", 0.5, "--window", 8, "--context", 60, "--target", 20, "--chunks", 5]
+    common = ["--model", folder, "--keep", 0.5, "--window", 8, "--context", 160, "--target", 20, "--chunks", 5]
     common += ["--recall-context", 300, "--recall-examples", 3, "--metric", "perplexity", "--metric", "recall"]
     common += ["--corpus", "python-reference", "--json", "--out", tmp_path / "shared"]
     done = torchrun("-m", "pyramidkv", "bench", *common)

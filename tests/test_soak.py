@@ -25,6 +25,7 @@ def drawn(draw):
     """A batch and the settings of one generation, all of it at random."""
     lengths = [draw.randint(24, 90) for _ in range(draw.choice((1, 1, 2, 3, 7)))]
     settings = {"method": draw.choice(METHODS), "window": draw.choice((4, 8, 16)), "bits": draw.choice((16, 16, 8, 4))}
+    settings["heads"] = "uniform"  # pages of 64 tokens are more than these prompts have to give
     amount = draw.choice(({"keep": 0.4}, {"budget": 20}, {"share": 0.5}))
     how = draw.choice(({}, {}, {"num_beams": 2}, {"do_sample": True, "top_k": 5}, {"prefill_chunk_size": 17}))
     return lengths, {**settings, **amount}, how

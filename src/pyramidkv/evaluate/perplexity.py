@@ -39,7 +39,7 @@ def check_lengths(context: int, target: int, configs: Iterable[CompressionConfig
         if context <= config.floor:
             raise ConfigError(
                 f"context={context}: must be longer than the {config.floor} tokens that are always kept "
-                f"(recent={config.recent} and one more)"
+                f"(recent={config.recent} and {config.floor - config.recent} more)"
             )
         if context < config.window != METHODS[config.method].window:  # a method's own window is "up to"
             raise ConfigError(f"window={config.window}: must be at most the context of {context} tokens")
