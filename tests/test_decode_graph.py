@@ -1,5 +1,6 @@
 """The captured decoding step, with the capture itself replaced by running the same step again; see test_gpu.py."""
 
+import functools
 import gc
 
 import pytest
@@ -189,6 +190,20 @@ def test_closing_gives_back_forward_and_buffers():
     assert "forward" not in vars(plain)
     gc.collect()
     assert all(pool._free is None for pool in session._graph.pools)
+
+
+def test_a_forward_that_was_replaced_before_comes_back():
+    plain = model("llama-4-2-32")
+    ids, mask, _ = padded_batch((61, 40, 23))
+    expected, _ = eager(plain, ids, mask, keep=0.4, window=6)
+    plain.forward = hooked = functools.partial(plain.forward)  # as accelerate's hooks leave it: no method
+    try:
+        with pyramidkv.compress(plain, keep=0.4, window=6) as session:
+            assert torch.equal(plain.generate(ids, attention_mask=mask, **ARGUMENTS), expected)
+            assert session._graph.captures == 1
+        assert plain.forward is hooked
+    finally:
+        del plain.forward
 
 
 def test_a_pool_lends_to_one_storage_at_a_time():

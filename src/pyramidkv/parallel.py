@@ -2,7 +2,7 @@
 
 `transformers` splits the weights and adds up the results (`tp_plan`); each process, or rank, then runs the same code on
 its own heads. Budgets come from the whole model's shape, so they are equal on every rank, and what a head keeps does
-not depend on the other heads: nothing has to be sent between ranks. See docs/parallel.md.
+not depend on the heads of other ranks: nothing has to be sent between them. See docs/parallel.md.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Session:
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._attention: str | dict[str, str] | None = None
         self._graph: DecodeGraph | None = None
-        self._forward: Any = None  # the model's own forward
+        self._replaced: Any = None  # a forward that the model had as an attribute of its own (accelerate's hooks)
 
     @property
     def is_open(self) -> bool:
@@ -56,7 +56,8 @@ class Session:
         self.model.set_attn_implementation(ATTENTION_NAME)
         self._hook = self.model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
         if self._graph is not None:
-            self.model.forward = self._decoding(self._forward)
+            self._replaced = vars(self.model).get("forward")
+            self.model.forward = self._decoding(self.model.forward)
         return self
 
     def close(self) -> None:
@@ -69,10 +70,9 @@ class Session:
         self._hook.remove()
         self._hook = None
         if self._graph is not None:
-            if hasattr(type(self.model), "forward") and self._forward.__func__ is type(self.model).forward:
-                del self.model.forward
-            else:
-                self.model.forward = self._forward
+            del self.model.forward
+            if self._replaced is not None:
+                self.model.forward = self._replaced
             self._graph.close()
         self.model.set_attn_implementation(self._attention)
         self._settle()
@@ -177,9 +177,8 @@ class Session:
             if wish in ("graph", "compiled"):
                 raise UnsupportedError(f"decode={wish!r}: {why}; use decode='auto' or 'eager'")
             return None
-        self._forward = self.model.forward
         layers = len(cache_shape(self.model.config).layers)
-        return DecodeGraph(self.model, self._forward, layers, compiled=wish == "compiled")
+        return DecodeGraph(self.model, self.model.forward, layers, compiled=wish == "compiled")
 
     def _decoding(self, forward: Any) -> Any:
         """The model's forward, but that a single new token a row goes through the captured step."""

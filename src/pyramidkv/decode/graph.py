@@ -59,7 +59,7 @@ def why_eager(model: Any, config: CompressionConfig) -> str | None:
     (device,) = devices
     if device.type != "cuda":
         return f"the model is on {device.type}, and graphs are for CUDA"
-    if getattr(model, "_tp_size", None) not in (None, 1):
+    if (getattr(model, "tp_size", None) or 1) > 1:
         return "the model is split over several GPUs"
     if (why := kernels.why_naive(torch.empty(1, 1, 1, kernels.LARGEST, device=device, dtype=model.dtype))) is not None:
         return why
