@@ -124,6 +124,21 @@ def test_captured_steps_give_the_tokens_of_the_eager_path(name, decode):
     assert session._graph.captures == 4  # again for room; the second prompt finds its buffers; another batch twice
 
 
+@pytest.mark.parametrize("first", [0, 2])
+def test_sampling_with_a_replay_ahead_draws_the_same_tokens(first, monkeypatch):
+    monkeypatch.setattr("pyramidkv.decode.ahead.FIRST", first)
+    plain = model("llama-4-2-32").cuda()
+    ids, mask, _ = (t.cuda() for t in padded_batch((400, 300, 200)))
+    arguments = {"max_new_tokens": 120, "do_sample": True, "temperature": 0.4, "pad_token_id": 0}
+    found = []
+    for decode in ("eager", "graph"):
+        with pyramidkv.compress(plain, decode=decode, keep=0.4, window=6, room=150):
+            for seed in (1, 2):
+                torch.manual_seed(seed)
+                found.append(plain.generate(ids, attention_mask=mask, **arguments))
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
 def test_a_session_leaves_no_memory_behind():
     plain = model("llama-4-2-32").to("cuda", torch.float16)
     ids = torch.randint(3, 101, (2, 500), device="cuda")

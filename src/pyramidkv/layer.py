@@ -418,6 +418,11 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         if above and asked and storage.length + new > self.full_at:
             self._evict_decoded(storage, allowed)
 
+    @property
+    def crowded(self) -> bool:
+        """Whether `make_room` for the next token might evict."""
+        return self.plan.config.slack is not None and (self.storage is None or self.storage.length >= self.full_at)
+
     @torch.no_grad()
     def _evict_decoded(self, storage: Storage | PackedStorage, allowed: list[int]) -> None:
         """Bring the layer back to its budget in the middle of decoding, in the buffers that it has."""

@@ -199,6 +199,8 @@ class Session:
                 if logits is not None:
                     out = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
                     return out.to_tuple() if kwargs.get("return_dict") is False else out
+            if self._graph is not None:
+                self._graph.settle()
             return forward(*args, **kwargs)
 
         return decode

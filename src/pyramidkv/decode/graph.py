@@ -3,7 +3,8 @@
 A replay costs the host a few microseconds where a forward costs it milliseconds. The graph reads lengths from the
 device and buffers where it found them, so it serves as long as the buffers stay where they are: for all tokens of a
 prompt, and for the next prompt where its cache lies in the same ones (`pool.py`). The numbers that Python keeps of
-every layer are brought up to date after each replay, while the device works.
+every layer are brought up to date after each replay, while the device works. One replay may be under way before it is
+asked for (`ahead.py`): it writes into slots that are free, so that forgetting it takes no more than a length.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyramidkv.config import CompressionConfig
+from pyramidkv.decode.ahead import Ahead
 from pyramidkv.decode.compiled import compiled_step
 from pyramidkv.decode.pool import Pool
 from pyramidkv.decode.step import PLACES, Place, Step, StepCache, step_of
@@ -34,18 +36,26 @@ _ASIDE: dict[torch.device, torch.cuda.Stream] = {}  # one a device: cuBLAS keeps
 WARM_UPS = 2  # runs before a capture: kernels are compiled and libraries set up in them
 
 
-def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """What replays a CUDA graph of `work`, which runs `WARM_UPS` times beforehand."""
+def aside(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream of a device on which steps are captured and run ahead; None where there are no streams."""
+    if device.type != "cuda":
+        return None
     if device not in _ASIDE:
         _ASIDE[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    aside = _ASIDE[device]
-    aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside), torch.no_grad():
+    return _ASIDE[device]
+
+
+def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """What replays a CUDA graph of `work`, which runs `WARM_UPS` times beforehand."""
+    stream = aside(device)
+    assert stream is not None
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream), torch.no_grad():
         for _ in range(WARM_UPS):
             work()
-    torch.cuda.current_stream(device).wait_stream(aside)
+    torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=aside), torch.no_grad():
+    with torch.cuda.graph(graph, stream=stream), torch.no_grad():
         work()
     replay: Callable[[], None] = graph.replay
     return replay
@@ -75,12 +85,13 @@ def why_eager(model: Any, config: CompressionConfig) -> str | None:
 class _Captured:
     """A graph and the tensors that it reads and writes, at fixed addresses."""
 
-    ids: Tensor  # (B, 1) int64
-    positions: Tensor  # (B, 1) int64
+    ids: Tensor  # (B, 1) int64; a replay leaves its likeliest token
+    positions: Tensor  # (B, 1) int64; a replay adds one
     lengths: Tensor  # (layers, 1) int32: slots in use; a replay adds one
     starts: list[Tensor]  # (B, Hkv) int32 a layer: empty slots at the front
     logits: Tensor  # (B, 1, V)
     replay: Callable[[], None]
+    foreseen: Tensor  # (2, B, 1) int64: what ids and positions the next token would have
 
 
 class DecodeGraph:
@@ -103,6 +114,8 @@ class DecodeGraph:
         self._keys: list[weakref.ref[Tensor]] = []  # of the buffers in the graph, or of those seen at the last token
         self._storages: list[weakref.ref[Storage]] = []  # those that the device knows
         self._lengths: list[int] = []  # what it knows of them
+        self._ahead = Ahead()
+        self._held: list[Storage] = []  # kept alive for the replay that runs ahead
 
     def step(self, cache: PyramidKVCache, ids: Tensor, positions: Tensor | None) -> Tensor | None:
         """Logits (B, 1, V) of one new token a row, (B, 1); None if this token must go the usual way.
@@ -110,6 +123,49 @@ class DecodeGraph:
         That is so for the first token over new buffers: a graph is captured for those that stay.
         """
         layers: list[PyramidKVLayer] = cache.layers
+        storages = self._ready(layers)
+        if storages is None:
+            self.settle()
+            return None
+        lengths = [s.length for s in storages]
+        if self._captured is None:
+            self._captured = self._capture(layers, storages, ids)
+        elif lengths != self._lengths or not _same(self._storages, storages):
+            self.settle()
+            self._inform(self._captured, layers, storages)
+        at = self._captured
+        if positions is None:
+            positions = torch.full_like(ids, cache.get_seq_length())
+        asked = torch.stack((ids, positions.expand_as(ids)))
+        right = torch.equal(asked, at.foreseen)
+        self._ahead.judge(right)
+        self._lengths = []  # not known, should anything go wrong from here on
+        if self._ahead.running and right:
+            self._ahead.join()
+        else:
+            self.settle()
+            torch._foreach_copy_([at.ids, at.positions], list(asked))
+            at.replay()
+        logits = at.logits.clone()
+        at.foreseen = torch.stack((at.ids, at.positions))
+        for layer in layers:
+            layer.advance()
+        if self._ahead.pays and all(s.length < s.capacity for s in storages) and not any(x.crowded for x in layers):
+            self._held = storages
+            self._ahead.start(at.replay, aside(ids.device))
+        self._lengths = [length + 1 for length in lengths]
+        return logits
+
+    def settle(self) -> None:
+        """Before anything but the next step is done with the cache: let no replay be under way."""
+        if self._ahead.running:
+            self._ahead.settle()
+            if self._captured is not None:
+                self._captured.lengths -= 1  # the token that it wrote is in a slot that is free
+        self._held = []
+
+    def _ready(self, layers: list[PyramidKVLayer]) -> list[Storage] | None:
+        """The buffers to write a token into, with a free slot each; None if this token must go the usual way."""
         for layer in layers:
             layer.make_room(1)
         if any(layer.storage is None or (layer.ring is not None and _pages(layer)) for layer in layers):
@@ -122,30 +178,16 @@ class DecodeGraph:
         packed = [pages.keys.codes for layer in layers for pages in _pages(layer)]
         used = [s.keys for s in storages] + rings + packed
         if not _same(self._keys, used):
+            self.settle()
             self._captured, self._keys = None, [weakref.ref(tensor) for tensor in used]
             return None
         if free == 0 or (self._captured is None and free <= WARM_UPS):
             return None
-        lengths = [s.length for s in storages]
-        if self._captured is None:
-            self._captured = self._capture(layers, storages, ids)
-        elif lengths != self._lengths or not _same(self._storages, storages):
-            self._inform(self._captured, layers, storages)
-        at = self._captured
-        at.ids.copy_(ids)
-        if positions is None:
-            at.positions.fill_(cache.get_seq_length())
-        else:
-            at.positions.copy_(positions)
-        at.replay()
-        logits = at.logits.clone()
-        for layer in layers:
-            layer.advance()
-        self._lengths = [length + 1 for length in lengths]
-        return logits
+        return storages
 
     def close(self) -> None:
         """Let graph and buffers go."""
+        self.settle()
         self._captured, self._keys, self._storages = None, [], []
         for pool in self.pools:
             pool.close()
@@ -172,12 +214,15 @@ class DecodeGraph:
             [torch.empty(rows, s.keys.shape[1], dtype=torch.int32, device=device) for s in storages],
             torch.empty(0),
             lambda: None,
+            torch.full((2, *ids.shape), -1, dtype=torch.int64, device=device),  # no token yet
         )
         self._inform(at, layers, storages)
 
         def work() -> None:
             at.logits = run(at.ids, at.positions)
             at.lengths += 1
+            at.positions += 1
+            at.ids.copy_(at.logits[:, -1].argmax(-1, keepdim=True))
 
         places = {
             place: Place(
