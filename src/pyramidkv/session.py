@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +21,7 @@ from pyramidkv.decode.graph import DecodeGraph, why_eager
 from pyramidkv.errors import CompressionWarning, ConfigError, PyramidKVError, UnsupportedError
 from pyramidkv.parallel import check_heads
 from pyramidkv.shape import cache_shape
+from pyramidkv.slices import replace_forward, slice_mlps
 from pyramidkv.usage import CacheUsage
 
 
@@ -40,7 +42,7 @@ class Session:
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._attention: str | dict[str, str] | None = None
         self._graph: DecodeGraph | None = None
-        self._replaced: Any = None  # a forward that the model had as an attribute of its own (accelerate's hooks)
+        self._restore: list[Callable[[], None]] = []  # what puts the model back
 
     @property
     def is_open(self) -> bool:
@@ -55,9 +57,9 @@ class Session:
         self._attention = self.model.config._attn_implementation
         self.model.set_attn_implementation(ATTENTION_NAME)
         self._hook = self.model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
+        self._restore = [slice_mlps(self.model)]
         if self._graph is not None:
-            self._replaced = vars(self.model).get("forward")
-            self.model.forward = self._decoding(self.model.forward)
+            self._restore.append(replace_forward(self.model, self._decoding))
         return self
 
     def close(self) -> None:
@@ -69,10 +71,9 @@ class Session:
             return
         self._hook.remove()
         self._hook = None
+        for restore in self._restore:
+            restore()
         if self._graph is not None:
-            del self.model.forward
-            if self._replaced is not None:
-                self.model.forward = self._replaced
             self._graph.close()
         self.model.set_attn_implementation(self._attention)
         self._settle()
