@@ -508,7 +508,7 @@ def echo_sweep(model: str, tokens: int, seconds: float) -> dict[str, float]:
 
 
 def packed_sets(model: str, rows: int, slots: int, bits: int, ragged: bool = False) -> list[tuple]:
-    """Queries, one tier of random codes in pages, and 64 newest slots of 94."""
+    """Queries, random codes in pages, and 64 newest slots of 94."""
     heads, kv_heads, size, dtype = MODELS[model]
     each = slots // 64
     total = rows * kv_heads * each * (key_bytes(size, bits, 2) + value_bytes(size, bits, 2))
@@ -533,7 +533,7 @@ def packed_sets(model: str, rows: int, slots: int, bits: int, ragged: bool = Fal
         query = torch.randn(rows, heads, 1, size, device="cuda", dtype=dtype)
         newest = (torch.randn(rows, kv_heads, 64 + ROOM, size, device="cuda", dtype=dtype) for _ in range(2))
         length = torch.tensor([64], dtype=torch.int32, device="cuda")
-        sets.append((query, [pages], *newest, length, None, size**-0.5))
+        sets.append((query, pages, *newest, length, None, size**-0.5))
     return sets
 
 
@@ -585,7 +585,7 @@ def packing_sets(model: str, rows: int, slots: int, bits: int, count: int = 3) -
     sets = []
     for _ in range(count):
         fused = torch.randn(rows, slots, kv_heads, 2 * size, device="cuda", dtype=dtype).transpose(1, 2)
-        sets.append((fused[..., :size], fused[..., size:], index, pages, kv_heads * slots // 64, bits, bits))
+        sets.append((fused[..., :size], fused[..., size:], index, pages, kv_heads * slots // 64, bits))
     return sets
 
 
@@ -593,12 +593,12 @@ def check_packing() -> bool:
     """Codes, scales and zero points equal plain torch to the last bit, in heads of unequal numbers of pages too."""
     equal = True
     for model, rows, bits in itertools.product(MODELS, (1, 7), (8, 4, 2)):
-        ((key, value, index, pages, total, *both), *_) = packing_sets(model, rows, 1536, bits, 1)
+        ((key, value, index, pages, total, _), *_) = packing_sets(model, rows, 1536, bits, 1)
         used = torch.randint(0, 1537, pages.shape, device="cuda")
         ragged = index.masked_fill(torch.arange(1536, device="cuda") < 1536 - used[..., None], -1)
         for chosen, counts in ((index, pages), (ragged, (used + 63) // 64)):
-            got = packing.pack(key, value, chosen, counts, total, *both)
-            expected = packing_naive.pack(key, value, chosen, counts, total, *both)
+            got = packing.pack(key, value, chosen, counts, total, bits)
+            expected = packing_naive.pack(key, value, chosen, counts, total, bits)
             for mine, theirs in zip(got, expected, strict=True):
                 equal &= all(torch.equal(t, theirs.tensors()[name]) for name, t in mine.tensors().items())
     print(f"check packing: {'equal' if equal else 'WRONG'}", flush=True)
@@ -614,7 +614,7 @@ def packing_row(model: str, rows: int, slots: int, bits: int, bandwidth: float) 
     sets = packing_sets(model, rows, slots, bits)
     row["kernel"] = microseconds([lambda s=s: packing.pack(*s) for s in sets])
     row["naive"] = microseconds([lambda s=s: packing_naive.pack(*s) for s in sets[:1]])
-    row["Pages.gather"] = microseconds([lambda s=s: Pages.gather(*s[:3], bits, bits, s[4]) for s in sets])
+    row["Pages.gather"] = microseconds([lambda s=s: Pages.gather(*s[:3], bits, s[4]) for s in sets])
     places = sets[0][2].int()
     row["positions"] = microseconds([lambda: pack_positions(places, sets[0][2], slots)])
     return row

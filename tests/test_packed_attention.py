@@ -20,55 +20,53 @@ class Case(NamedTuple):
     heads: int
     kv_heads: int
     size: int
-    tiers: tuple[tuple[int, int, int], ...]  # bits of keys, of values, slots
+    bits: int
+    slots: int  # packed
     capacity: int  # of the newest
     ragged: bool = False  # every head keeps its own number of slots
 
 
 CASES = [
-    Case(1, 2, 2, 80, ((4, 4, 150),), 37),
-    Case(2, 4, 2, 64, ((8, 8, 70), (2, 2, 130)), 20),
-    Case(1, 4, 1, 128, ((4, 4, 200),), 9),  # two scales a value
-    Case(1, 1, 1, 256, ((2, 2, 100),), 66),  # four
-    Case(1, 3, 3, 96, ((4, 2, 130), (2, 8, 30)), 35, True),
-    Case(1, 9, 1, 112, ((16, 16, 70), (8, 4, 64)), 20),  # 18 pairs of query head and scale; groups of 56 channels
-    Case(1, 4, 2, 32, ((4, 4, 64), (16, 16, 90)), 33, True),
+    Case(1, 2, 2, 80, 4, 150, 37),
+    Case(2, 4, 2, 64, 8, 130, 20),
+    Case(2, 4, 2, 64, 2, 130, 20, True),
+    Case(1, 4, 1, 128, 4, 200, 9),  # two scales a value
+    Case(1, 1, 1, 256, 2, 100, 66),  # four
+    Case(1, 3, 3, 96, 2, 130, 35, True),
+    Case(1, 9, 1, 112, 8, 130, 20),  # 18 pairs of query head and scale; groups of 56 channels
+    Case(1, 4, 2, 32, 16, 90, 33, True),
+    Case(1, 9, 1, 112, 16, 70, 20),
 ]
-SEVEN = Case(7, 4, 2, 64, ((4, 4, 90),), 17, True)
+SEVEN = Case(7, 4, 2, 64, 4, 90, 17, True)
 
 
 def make(case, dtype=torch.float32, kind="each", device="cpu", scale=1.0, attended=0):
-    """Query, pages, newest slots with their length and start, and the slots of each tier, (B, Hkv) lists of them.
+    """Query, pages, newest slots with their length and start, and the packed slots, (B, Hkv) lists of them.
 
     With `attended`, one packed token has a logit of about that much, the others about 0, and its value is 0.
     """
     batch, kv_heads = case.batch, case.kv_heads
     query = random(batch, case.heads, 1, case.size, seed=1, dtype=dtype, device=device)
-    every = sum(slots for *_, slots in case.tiers)
+    every, slots = case.slots + 30, case.slots
     key = (random(batch, kv_heads, every, case.size, seed=2) * 2 + 1).to(device, dtype)
     value = (random(batch, kv_heads, every, case.size, seed=3) * scale).to(device, dtype)
-    order = torch.randperm(every, generator=torch.Generator().manual_seed(4))
+    order = torch.randperm(every, generator=torch.Generator().manual_seed(4))[:slots]
     if attended:
         value[:, :, order[0]] = 0
         alike = key[:, :1, order[:1]].float() - 1
         query = (alike * attended / (0.2 * alike.square().sum(-1, keepdim=True))).to(dtype).expand_as(query)
-    pages, chosen, begin = [], [], 0
-    for key_bits, value_bits, slots in case.tiers:
-        index = order[begin : begin + slots].sort().values.repeat(batch, kv_heads, 1).to(device)
-        begin += slots
-        limits = torch.full((batch, kv_heads), slots)
-        if case.ragged:  # some heads with none, some with whole pages
-            limits = torch.arange(batch * kv_heads).reshape(batch, kv_heads) * 37 % (slots + 1)
-            limits[-1, -1] = 64
-            index = index.masked_fill(torch.arange(slots, device=device) < slots - limits.to(device)[..., None], -1)
-        total = int(limits.sum(1).max()) if case.ragged else None
-        tier = Pages.gather(key, value, index, key_bits, value_bits, total)
-        for codes in (tier.keys, tier.values):  # pages of no head are nobody's business
-            for name, tensor in codes.tensors().items():
-                for row, used in enumerate(tier.count.sum(1).tolist()):
-                    tensor[row, used:] = 255 if name == "codes" and codes.bits < 16 else float("nan")
-        pages.append(tier)
-        chosen.append([[head[head >= 0] for head in row] for row in index])
+    index = order.sort().values.repeat(batch, kv_heads, 1).to(device)
+    limits = torch.full((batch, kv_heads), slots)
+    if case.ragged:  # some heads with none, some with whole pages
+        limits = torch.arange(batch * kv_heads).reshape(batch, kv_heads) * 37 % (slots + 1)
+        limits[-1, -1] = 64
+        index = index.masked_fill(torch.arange(slots, device=device) < slots - limits.to(device)[..., None], -1)
+    pages = Pages.gather(key, value, index, case.bits, int(limits.sum(1).max()) if case.ragged else None)
+    for codes in (pages.keys, pages.values):  # pages of no head are nobody's business
+        for name, tensor in codes.tensors().items():
+            for row, used in enumerate(pages.count.sum(1).tolist()):
+                tensor[row, used:] = 255 if name == "codes" and codes.bits < 16 else float("nan")
+    chosen = [[head[head >= 0] for head in row] for row in index]
     new = [random(batch, kv_heads, case.capacity, case.size, seed=s, dtype=dtype, device=device) for s in (5, 6)]
     rows = torch.arange(batch * kv_heads, dtype=torch.int32).reshape(batch, kv_heads)
     start = None
@@ -109,12 +107,12 @@ def by_hand(case, inputs, known, extra=()):
         for h in range(case.kv_heads):
             keys = [new_keys[b, h, used[b, h]].double(), *(t[b, h].double() for t in extra[:1])]
             values = [new_values[b, h, used[b, h]].double(), *(t[b, h].double() for t in extra[1:])]
-            for (key_bits, value_bits, _), slots in zip(case.tiers, chosen, strict=True):
-                for end in range(len(slots[b][h]), 0, -64):
-                    page = slots[b][h][max(0, end - 64) : end]
-                    keys.append(rounded(key[b, h, page], 0, key_bits))
-                    grouped = value[b, h, page].reshape(len(page), -1, value_group(case.size))
-                    values.append(rounded(grouped, 2, value_bits).flatten(1))
+            slots = chosen[b][h]
+            for end in range(len(slots), 0, -64):
+                page = slots[max(0, end - 64) : end]
+                keys.append(rounded(key[b, h, page], 0, case.bits))
+                grouped = value[b, h, page].reshape(len(page), -1, value_group(case.size))
+                values.append(rounded(grouped, 2, case.bits).flatten(1))
             all_keys, all_values = torch.cat(keys)[None, None], torch.cat(values)[None, None]
             heads = query[b : b + 1, h * groups : (h + 1) * groups]
             there = torch.ones(1, 1, all_keys.shape[2], dtype=torch.bool)
@@ -168,10 +166,10 @@ def test_interpreted_packed_attention_in_pieces(case, pages):
 
 
 @interpreted
-@pytest.mark.parametrize("attended", [0, 9])
-def test_interpreted_packed_attention_in_half_precision(attended):
+@pytest.mark.parametrize(("bits", "attended"), [(4, 0), (4, 9), (2, 9)])
+def test_interpreted_packed_attention_in_half_precision(bits, attended):
     """Small values beside a token of e^9 times their attention: shares of them must not vanish in float16."""
-    case = Case(1, 1, 1, 128, ((4, 4, 250), (2, 2, 70), (16, 16, 20)), 2)
+    case = Case(1, 1, 1, 128, bits, 250, 2)
     inputs, _ = make(case, torch.float16, "number", scale=1e-2, attended=attended)
     inputs[3][:] *= 1e-2
     assert compare(inputs, None) < 2 * ERROR[torch.float16]
@@ -196,8 +194,8 @@ def same_pages(dtype, bits, sizes, ragged, device="cpu", rows=2, heads=3, slots=
     count = (used + 63) // 64 if ragged else torch.full_like(used, -(-width // 64))
     pages = int(count.sum(1).max()) + ragged
     with poisoned():
-        got = triton.pack(key, value, index, count, pages, *bits)
-    expected = packing_naive.pack(key, value, index, count, pages, *bits)
+        got = triton.pack(key, value, index, count, pages, bits)
+    expected = packing_naive.pack(key, value, index, count, pages, bits)
     return all(
         a.isfinite().all() and torch.equal(a, b)
         for mine, theirs in zip(got, expected, strict=True)
@@ -209,13 +207,13 @@ def same_pages(dtype, bits, sizes, ragged, device="cpu", rows=2, heads=3, slots=
 @pytest.mark.parametrize(
     ("dtype", "bits", "sizes", "ragged", "rows"),
     [
-        (torch.float16, (8, 8), (80, 80), False, 2),
-        (torch.float32, (4, 4), (128, 128), True, 1),
-        (torch.float32, (2, 2), (80, 80), True, 2),
-        (torch.bfloat16, (4, 2), (32, 32), True, 7),
-        (torch.float16, (4, 4), (64, 112), False, 1),
-        (torch.float16, (16, 4), (72, 96), True, 2),
-        (torch.bfloat16, (16, 16), (80, 64), True, 2),
+        (torch.float16, 8, (80, 80), False, 2),
+        (torch.float32, 4, (128, 128), True, 1),
+        (torch.float32, 2, (80, 80), True, 2),
+        (torch.bfloat16, 2, (32, 32), True, 7),
+        (torch.float16, 4, (64, 112), False, 1),
+        (torch.float16, 8, (72, 96), True, 2),
+        (torch.bfloat16, 16, (80, 64), True, 2),
     ],
     ids=str,
 )
@@ -225,7 +223,7 @@ def test_interpreted_packing(dtype, bits, sizes, ragged, rows):
 
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 2), (4, 2), (16, 8), (16, 16)])
+@pytest.mark.parametrize("bits", [8, 4, 2, 16])
 @pytest.mark.parametrize("size", [32, 64, 72, 80, 96, 112, 128, 256])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("rows", [1, 7])
@@ -235,8 +233,8 @@ def test_gpu_packing(dtype, bits, size, ragged, rows):
 
 @on_gpu
 def test_gpu_packing_of_a_long_prompt():
-    assert same_pages(torch.float16, (4, 4), (80, 80), True, "cuda", 1, 32, 6144)
-    assert same_pages(torch.bfloat16, (4, 2), (64, 128), False, "cuda", 2, 5, 20000)
+    assert same_pages(torch.float16, 4, (80, 80), True, "cuda", 1, 32, 6144)
+    assert same_pages(torch.bfloat16, 2, (64, 128), False, "cuda", 2, 5, 20000)
 
 
 def same_bitmap(rows, heads, slots, tokens, kept, device="cpu"):
@@ -273,17 +271,16 @@ def test_gpu_bitmap(shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("bits", [((4, 4),), ((8, 8),), ((2, 2),), ((16, 16),), ((8, 8), (4, 4), (2, 2)), ((4, 2),)])
+@pytest.mark.parametrize("bits", [4, 8, 2, 16])
 @pytest.mark.parametrize("heads", [(32, 32, 80), (32, 8, 128), (28, 4, 128), (4, 1, 256), (8, 8, 96), (9, 1, 112)])
 def test_gpu_packed_attention(dtype, fresh, ragged, bits, heads):
-    tiers = tuple((*pair, 700 - 40 * number) for number, pair in enumerate(bits))
-    inputs, _ = make(Case(3, *heads, tiers, 150, ragged), dtype, device="cuda")
+    inputs, _ = make(Case(3, *heads, bits, 700, 150, ragged), dtype, device="cuda")
     assert compare(inputs, new_token(inputs[2]) if fresh else None) < ERROR[dtype]
 
 
 @on_gpu
 def test_a_graph_over_pages_stays_right_as_the_length_grows():
-    (query, pages, keys, values, _, _), _ = make(Case(2, 32, 32, 80, ((4, 4, 700),), 150), torch.float16, device="cuda")
+    (query, pages, keys, values, _, _), _ = make(Case(2, 32, 32, 80, 4, 700, 150), torch.float16, device="cuda")
     keys, values = keys.nan_to_num(), values.nan_to_num()
     length = torch.tensor([20], dtype=torch.int32, device="cuda")
     packed_attention(query, pages, keys, values, length, None, 0.1)

@@ -84,7 +84,7 @@ def test_a_file_holds_the_slots_in_use_and_says_what_it_is(tmp_path):
     assert (tmp_path / "a").stat().st_size < cache.report().full_kv_bytes * 1.1 + 4096
     with safe_open(tmp_path / "a", "pt") as file:
         facts = file.metadata()
-    assert (facts["kind"], facts["format"], facts["library"]) == ("pyramidkv cache", "1", pyramidkv.__version__)
+    assert (facts["kind"], facts["format"], facts["library"]) == ("pyramidkv cache", "2", pyramidkv.__version__)
     assert json.loads(facts["config"])["budget"] == 300
     assert json.loads(facts["model"])["model_type"] == "llama"
 
@@ -146,7 +146,7 @@ def test_a_file_that_is_not_ours(tmp_path):
 
 
 CHANGED = [
-    ({"format": "2", "library": "9.0"}, r"has format 2, written by pyramidkv 9\.0; .* which reads format 1"),
+    ({"format": "3", "library": "9.0"}, r"has format 3, written by pyramidkv 9\.0; .* which reads format 2"),
     ({"config": json.dumps({"method": "magic", "budget": 64})}, "does not know: method='magic'"),
     ({"config": "{"}, "metadata are damaged"),
     ({"layers": "[]"}, "damaged"),

@@ -25,7 +25,7 @@ from pyramidkv.ops.select.naive import mark
 from pyramidkv.ops.valid import joined
 from pyramidkv.packed import PackedStorage
 from pyramidkv.parallel import first_head
-from pyramidkv.plan import Plan, decoding_limits, levels, limits, ring_size
+from pyramidkv.plan import Plan, decoding_limits, limits, ring_size, shared_pages
 from pyramidkv.recovery import Before, remember
 from pyramidkv.ring import QueryRing
 from pyramidkv.rotary import Rotary
@@ -352,8 +352,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         as_it_lies = query.shape[2] == 1 and new.dtype == query.dtype and dropout == 0 and not new.holes
         if as_it_lies and why_naive(query) is None:
             if isinstance(storage, PackedStorage):
-                pages = [tier.pages for tier in storage.tiers]
-                return packed_attention(query, pages, new.keys, new.values, new.length, new.start, scaling)
+                return packed_attention(query, storage.pages, new.keys, new.values, new.length, new.start, scaling)
             if new.padded:
                 return decode_attention(query, new.keys, new.values, new.length, new.start, scaling)
         if isinstance(storage, PackedStorage):
@@ -397,11 +396,11 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         if width == slots and not padded and not isinstance(self.storage, PackedStorage):
             if self.plan.config.packs:
                 self.settled = self.seen + query.shape[2]
-            self._keep(key, value, positions, None, padded, None, available)
+            self._keep(key, value, positions, None, padded, available)
             return
         self.settled = self.seen + query.shape[2]
-        index, scores = self._choose(query, key, value, valid, positions, scaling, available)
-        self._keep(key, value, positions, index, padded, scores, available)
+        index = self._choose(query, key, value, valid, positions, scaling, available)
+        self._keep(key, value, positions, index, padded, available)
 
     def make_room(self, new: int) -> None:
         """Before `new` tokens are added while decoding: evict, if that many would be too many for `slack`."""
@@ -432,9 +431,9 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         available = self.held
         self.held = [min(n, limit) for n, limit in zip(available, allowed, strict=True)]
         padded = min(self.held) < max(self.held)
-        index, scores = self._choose(query, key, value, storage.valid(), positions, self.scaling, available)
+        index = self._choose(query, key, value, storage.valid(), positions, self.scaling, available)
         if isinstance(storage, PackedStorage):
-            self._keep(key, value, positions, index, padded, scores, available)
+            self._keep(key, value, positions, index, padded, available)
         else:
             storage.keep(index, padded)
         if self.ring is not None:
@@ -460,8 +459,8 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         positions: Tensor,
         scaling: float,
         available: list[int],
-    ) -> tuple[Tensor, Tensor]:
-        """The slots to keep, (B, H, width) as `select` gives them, as many as `held`; and all scores (B, H, K)."""
+    ) -> Tensor:
+        """The slots to keep, (B, H, width) as `select` gives them, as many as `held`."""
         if self.scorer is None:
             scores = positions.float()  # nothing is dropped but padding: any finite score will do
         else:
@@ -475,10 +474,10 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
                 )
         recent = self.plan.config.recent
         if self.plan.config.heads == "uniform":
-            return select(scores, self.held, max(self.held), recent=recent, valid=valid, finite=True), scores
+            return select(scores, self.held, max(self.held), recent=recent, valid=valid, finite=True)
         scores = mark(scores, recent=recent, valid=valid, finite=True)
         each = head_limits(scores, self.held, available, recent)
-        return select(scores, each, scores.shape[2]), scores
+        return select(scores, each, scores.shape[2])
 
     def _stored_as(self, like: Tensor) -> torch.dtype:
         name = self.plan.config.kv_dtype
@@ -492,15 +491,13 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         positions: Tensor,
         index: Tensor | None,
         padded: bool,
-        scores: Tensor | None,
         available: list[int],
     ) -> None:
         """Store the slots `index`, or all."""
         config, dtype = self.plan.config, self._stored_as(key)
         even = not isinstance(self.storage, PackedStorage)
-        precisions = levels(config, key.shape[1], self.held, available, even)
         self.storage = None  # the old buffers may go before the new ones are made
-        if precisions:
+        if config.packs:
             if index is None:
                 index = torch.arange(key.shape[2], device=key.device).expand(positions.shape)
             self.storage = PackedStorage.gather(
@@ -508,12 +505,12 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
                 value,
                 positions,
                 index,
-                precisions,
+                config.bits,
+                shared_pages(config, key.shape[1], self.held, available, even),
                 recent=config.recent,
                 tokens=max(self.counts),
                 room=config.free,
                 padded=padded,
-                scores=scores,
                 dtype=dtype,
             )
         elif index is None:

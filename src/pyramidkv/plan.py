@@ -11,7 +11,7 @@ from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError
 from pyramidkv.methods import METHODS
 from pyramidkv.ops.heads import row_pages
-from pyramidkv.packed import Level, packed_bytes
+from pyramidkv.packed import packed_bytes
 from pyramidkv.ring import SPARE
 from pyramidkv.shape import CacheShape
 from pyramidkv.storage import Spec
@@ -97,19 +97,17 @@ class Plan:
         return self._split(low, tokens)
 
     def _bytes_of(self, budgets: Sequence[int], tokens: int, batch: int, itemsize: int) -> int:
-        config = self.config
-        return sum(
-            packed_bytes(
-                self._spec(layer, batch, itemsize),
-                kept,
-                levels(config, self.shape.layers[layer].kv_heads, [kept], [tokens]),
-                recent=config.recent,
-                tokens=tokens,
-                room=config.free,
-            )
-            + batch * self._ring_bytes(layer, itemsize)
-            for layer, kept in zip(self.shape.compressed, budgets, strict=True)
-        )
+        layers = zip(self.shape.compressed, budgets, strict=True)
+        return sum(self._layer_bytes(layer, kept, tokens, batch, itemsize) for layer, kept in layers)
+
+    def _layer_bytes(self, layer: int, kept: int, tokens: int, batch: int, itemsize: int) -> int:
+        config, spec = self.config, self._spec(layer, batch, itemsize)
+        ring = batch * self._ring_bytes(layer, itemsize)
+        if not config.packs:
+            return spec.slot_bytes * (kept + config.free) + ring
+        pages = shared_pages(config, spec.heads, [kept], [tokens])
+        recent, room = config.recent, config.free
+        return packed_bytes(spec, kept, config.bits, pages, recent=recent, tokens=tokens, room=room) + ring
 
     def _ring_bytes(self, layer: int, itemsize: int) -> int:
         """Of a row's newest queries, kept for an eviction while decoding."""
@@ -130,17 +128,17 @@ class Plan:
         return batch * total
 
 
-def levels(
+def shared_pages(
     config: CompressionConfig, heads: int, shares: Sequence[int], available: Sequence[int], even: bool = True
-) -> tuple[Level, ...]:
-    """How older slots are stored in pages; none: they lie as the model computes them, as many in every head.
+) -> int | None:
+    """Pages that the heads of a row have together; None: each head has those that its slots need.
 
     `heads` KV heads keep `shares` of the `available` slots of each row, on average; `even`: all have as many now.
     """
     if config.heads == "uniform":
-        return () if config.bits == 16 else (Level(config.bits, config.bits),)
+        return None
     pages = (row_pages(heads, *row, config.recent, even) for row in zip(shares, available, strict=True))
-    return (Level(config.bits, config.bits, pages=max(pages, default=0)),)
+    return max(pages, default=0)
 
 
 def ring_size(config: CompressionConfig) -> int | None:

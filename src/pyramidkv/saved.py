@@ -22,14 +22,14 @@ from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError, DataError
 from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import Codes
-from pyramidkv.packed import PackedStorage, Tier
+from pyramidkv.packed import PackedStorage
 from pyramidkv.ring import QueryRing
 from pyramidkv.shape import CacheShape, cache_shape
 from pyramidkv.sliding import SlidingLayer
 from pyramidkv.storage import Storage
 
 KIND = "pyramidkv cache"
-FORMAT = 1  # of the file; another number is another layout, which this code can't read
+FORMAT = 2  # of the file; another number is another layout, which this code can't read
 
 Tensors = dict[str, Tensor]
 Facts = dict[str, Any]  # what is no tensor, as JSON
@@ -112,13 +112,12 @@ def _dump_layer(layer: Any) -> tuple[Tensors, Facts]:
     if layer.ring is not None:
         tensors["queries"] = layer.ring.queries
         facts["queries"] = layer.ring.count
-    tiers = layer.storage.tiers if isinstance(layer.storage, PackedStorage) else ()
-    facts["tiers"] = [
-        {"key_bits": t.pages.keys.bits, "value_bits": t.pages.values.bits, "even": t.pages.even} for t in tiers
-    ]
-    for number, tier in enumerate(tiers):
-        tensors |= {f"tier{number}.{name}": tensor for name, tensor in tier.tensors().items()}
-    new = layer.storage.new if isinstance(layer.storage, PackedStorage) else layer.storage
+    if isinstance(layer.storage, PackedStorage):
+        pages = layer.storage.pages
+        facts["pages"] = {"bits": pages.bits, "even": pages.even}
+        tensors |= {f"pages.{name}": tensor for name, tensor in pages.tensors().items()}
+        tensors["bitmap"] = layer.storage.bitmap
+    new = layer.storage.newest
     used = slice(new.length)
     tensors |= {"keys": new.keys[:, :, used], "values": new.values[:, :, used], "positions": new.positions[:, :, used]}
     tensors |= {} if new.start is None else {"start": new.start}
@@ -134,17 +133,16 @@ def _fill_layer(layer: Any, tensors: Tensors, facts: Facts) -> None:
     layer.offset = tensors.get("offset")
     if "queries" in tensors:
         layer.ring = QueryRing(tensors["queries"], facts["queries"])
-    tiers = tuple(_tier(tensors, f"tier{number}.", about) for number, about in enumerate(facts["tiers"]))
-    layer.storage = PackedStorage(tiers, new) if tiers else new
+    layer.storage = PackedStorage(_pages(tensors, facts["pages"]), tensors["bitmap"], new) if "pages" in facts else new
 
 
-def _tier(tensors: Tensors, prefix: str, facts: Facts) -> Tier:
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _pages(tensors: Tensors, facts: Facts) -> Pages:
     keys, values = (
-        Codes(own[f"{kind}.codes"], own.get(f"{kind}.scale"), own.get(f"{kind}.zero"), facts[bits])
-        for kind, bits in (("keys", "key_bits"), ("values", "value_bits"))
+        Codes(tensors[f"{kind}.codes"], tensors.get(f"{kind}.scale"), tensors.get(f"{kind}.zero"), facts["bits"])
+        for kind in ("pages.keys", "pages.values")
     )
-    return Tier(Pages(keys, values, own["first"], own["count"], own["start"], facts["even"]), own["bitmap"])
+    first, count, start = (tensors[f"pages.{name}"] for name in ("first", "count", "start"))
+    return Pages(keys, values, first, count, start, facts["even"])
 
 
 def _dump_sliding(layer: SlidingLayer) -> tuple[Tensors, Facts]:

@@ -175,7 +175,7 @@ class DecodeGraph:
             return None
         free = min(s.capacity - s.length for s in storages)
         rings = [layer.ring.queries for layer in layers if layer.ring is not None]
-        packed = [pages.keys.codes for layer in layers for pages in _pages(layer)]
+        packed = [pages.keys.codes for pages in map(_pages, layers) if pages is not None]
         used = [s.keys for s in storages] + rings + packed
         if not _same(self._keys, used):
             self.settle()
@@ -250,9 +250,9 @@ class DecodeGraph:
         return kept.step, kept.cache
 
 
-def _pages(layer: PyramidKVLayer) -> tuple[Pages, ...]:
+def _pages(layer: PyramidKVLayer) -> Pages | None:
     """What a layer has packed."""
-    return tuple(tier.pages for tier in layer.storage.tiers) if isinstance(layer.storage, PackedStorage) else ()
+    return layer.storage.pages if isinstance(layer.storage, PackedStorage) else None
 
 
 def _same(known: Sequence[weakref.ref[Any]], now: Sequence[object]) -> bool:

@@ -29,7 +29,7 @@ class Place:
     values: Tensor  # (B, Hkv, C, D)
     length: Tensor  # (1,) int32: slots in use before the step
     start: Tensor  # (B, Hkv) int32: empty slots at the front
-    pages: tuple[Pages, ...] = ()  # what is packed
+    pages: Pages | None = None  # what is packed
     queries: Tensor | None = None  # (B, Hq, R, D): where the query goes too, at its slot modulo R (`ring.py`)
 
 
@@ -49,7 +49,7 @@ def decode_step(query: Tensor, key: Tensor, value: Tensor, place: int, scaling: 
     if at.queries is not None:
         at.queries.index_copy_(2, at.length.long() % at.queries.shape[2], query.to(at.queries.dtype))
     new = key, value
-    if at.pages:
+    if at.pages is not None:
         return packed_attention(query, at.pages, at.keys, at.values, at.length, at.start, scaling, new)
     return decode_attention(query, at.keys, at.values, at.length, at.start, scaling, new)
 

@@ -29,9 +29,7 @@ class Pages:
     even: bool  # all heads have the same number of pages, and those of a row the same slots in use
 
     @classmethod
-    def gather(
-        cls, key: Tensor, value: Tensor, index: Tensor, key_bits: int, value_bits: int, pages: int | None = None
-    ) -> Pages:
+    def gather(cls, key: Tensor, value: Tensor, index: Tensor, bits: int, pages: int | None = None) -> Pages:
         """Pages of the slots `index` (B, H, W) of (B, H, K, *) keys and values; -1s, in front, for none.
 
         With `pages`, each head gets those that its slots need, and a row has room for that many. Without, every head
@@ -50,9 +48,14 @@ class Pages:
             if device.type == "cpu" and rows and int(count.sum(1).max()) > pages:  # elsewhere looking would take time
                 raise ValueError(f"pages={pages}: the heads of a row need {int(count.sum(1).max())}")
         first = count.cumsum(-1) - count
-        keys, values = pack(key.detach(), value.detach(), index, count, pages, key_bits, value_bits)
+        keys, values = pack(key.detach(), value.detach(), index, count, pages, bits)
         first, count, start = (t.to(torch.int32) for t in (first, count, count * PAGE - used))
         return cls(keys, values, first, count, start, even)
+
+    @property
+    def bits(self) -> int:
+        """Of a number; 16: numbers are as computed."""
+        return self.keys.bits
 
     @property
     def row_pages(self) -> int:

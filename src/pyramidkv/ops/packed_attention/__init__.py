@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from pyramidkv.ops import kernels
@@ -16,7 +14,7 @@ __all__ = ["packed_attention", "why_naive"]
 
 def packed_attention(
     query: Tensor,
-    tiers: Sequence[Pages],
+    pages: Pages,
     keys: Tensor,
     values: Tensor,
     length: int | Tensor,
@@ -24,21 +22,17 @@ def packed_attention(
     scaling: float,
     new: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention of one query a row over tiers of pages and the newest slots.
+    """Attention of one query a row over pages and the newest slots.
 
     The definition, arguments and result are those of `naive.packed_attention`. The kernel reads the codes as they lie.
     With a tensor for `length`, its launch depends on capacities alone and nothing is read back from the device: a CUDA
     graph that holds the call stays right as the length grows.
     """
     alike = query.dtype == keys.dtype == values.dtype and keys.shape[-1] == values.shape[-1]
-    # A tier's keys and values both in codes, or both as they are, in the dtype of the query.
-    alike &= all(
-        (t.keys.bits == 16) == (t.values.bits == 16) and (t.keys.bits != 16 or t.keys.codes.dtype == query.dtype)
-        for t in tiers
-    )
+    alike &= pages.bits != 16 or pages.keys.codes.dtype == query.dtype
     if alike and query.shape[1] <= 64 * keys.shape[1] and kernels.why_naive(query) is None:
         from pyramidkv.ops.packed_attention import triton
 
         with kernels.on(query.device):
-            return triton.packed_attention(query, tiers, keys, values, length, start, scaling, new)
-    return naive.packed_attention(query, tiers, keys, values, length, start, scaling, new)
+            return triton.packed_attention(query, pages, keys, values, length, start, scaling, new)
+    return naive.packed_attention(query, pages, keys, values, length, start, scaling, new)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from pyramidkv.ops.pages import Pages
 
 def packed_attention(
     query: Tensor,
-    tiers: Sequence[Pages],
+    pages: Pages,
     keys: Tensor,
     values: Tensor,
     length: int | Tensor,
@@ -21,11 +19,11 @@ def packed_attention(
     scaling: float,
     new: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Softmax attention of one query a row over the tokens of tiers of pages and the slots [start, length) of buffers.
+    """Softmax attention of one query a row over the tokens in pages and the slots [start, length) of buffers.
 
     Args:
         query: (B, Hq, 1, D).
-        tiers: pages of (B, Hkv) heads, Hq a multiple of Hkv; query head h reads h // (Hq // Hkv).
+        pages: of (B, Hkv) heads, Hq a multiple of Hkv; query head h reads h // (Hq // Hkv).
         keys: (B, Hkv, C, D), values: (B, Hkv, C, Dv): the newest slots, not packed.
         length: newest slots in use; a number, or an int32 tensor of shape (1,) or (B, Hkv).
         start: (B, Hkv) int32, the first of them that holds a token; None: 0.
@@ -40,13 +38,7 @@ def packed_attention(
         naive.write(keys, new[0], length)
         naive.write(values, new[1], length)
         length = length + 1
-    all_keys, all_values, used = [], [], []
-    for tier in tiers:
-        key, value = tier.unpack(torch.float32)
-        all_keys.append(key)
-        all_values.append(value)
-        used.append(tier.valid())
-    all_keys.append(keys.float())
-    all_values.append(values.float())
-    used.append(naive.in_use(keys, length, start))
-    return naive.over(query, torch.cat(all_keys, 2), torch.cat(all_values, 2), torch.cat(used, 2), scaling)
+    key, value = pages.unpack(torch.float32)
+    all_keys, all_values = torch.cat([key, keys.float()], 2), torch.cat([value, values.float()], 2)
+    used = torch.cat([pages.valid(), naive.in_use(keys, length, start)], 2)
+    return naive.over(query, all_keys, all_values, used, scaling)

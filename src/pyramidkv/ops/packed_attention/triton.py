@@ -15,7 +15,6 @@ channels within it; more would have to meet at every page.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,10 +102,9 @@ def _tile(base, row, ok, stride, FIRST: tl.constexpr, WIDE: tl.constexpr, SIZE: 
 
 
 @triton.jit
-def _key_bytes(base, AT: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, WIDE: tl.constexpr,
-               SIZE: tl.constexpr):  # fmt: skip
-    """The rows AT to AT + STEP of bytes, (STEP, WIDE) of the channels from FIRST on; past SIZE zeros."""
-    row = AT + tl.arange(0, STEP)
+def _key_bytes(base, FIRST: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.constexpr, BYTES: tl.constexpr):
+    """The bytes of a page of keys, (BYTES, WIDE) of the channels from FIRST on; past SIZE zeros."""
+    row = tl.arange(0, BYTES)
     channel = FIRST + tl.arange(0, WIDE)
     place = base + row[:, None] * SIZE + channel[None, :]
     if FIRST + WIDE <= SIZE:
@@ -115,12 +113,11 @@ def _key_bytes(base, AT: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, 
 
 
 @triton.jit
-def _value_bytes(base, AT: tl.constexpr, STEP: tl.constexpr, LENGTH: tl.constexpr, FIRST: tl.constexpr,
-                 WIDE: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
-    """The bytes AT to AT + STEP of the LENGTH of each channel, (WIDE, STEP) of those from FIRST on; past SIZE zeros."""
-    byte = AT + tl.arange(0, STEP)
+def _value_bytes(base, FIRST: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.constexpr, BYTES: tl.constexpr):
+    """The bytes of a page of values, (WIDE, BYTES) of the channels from FIRST on; past SIZE zeros."""
+    byte = tl.arange(0, BYTES)
     channel = FIRST + tl.arange(0, WIDE)
-    place = base + channel[:, None] * LENGTH + byte[None, :]
+    place = base + channel[:, None] * BYTES + byte[None, :]
     if FIRST + WIDE <= SIZE:
         return tl.load(place)
     return tl.load(place, mask=(channel < SIZE)[:, None] & (byte >= 0)[None, :], other=0)
@@ -137,16 +134,12 @@ def _scaled(q, key_scale, key_zero, NUMBER: tl.constexpr, FIRST: tl.constexpr, W
 
 @triton.jit
 def _logits(
-    keys, key, key_rest, scaled, scaled_rest, constant, begin,
-    AT: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, LOAD: tl.constexpr, FIRST: tl.constexpr,
-    REST: tl.constexpr, SIZE: tl.constexpr, NUMBER: tl.constexpr, ASM: tl.constexpr,
+    key, key_rest, scaled, scaled_rest, constant, begin,
+    AT: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, REST: tl.constexpr, NUMBER: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Logits (STEP, ROWS) of the slots from AT on."""
-    PLANE: tl.constexpr = AT // (8 * BITS)
-    if LOAD:
-        key = _key_bytes(keys, AT % (8 * BITS), STEP, 0, FIRST, SIZE)
-        if REST > 0:
-            key_rest = _key_bytes(keys, AT % (8 * BITS), STEP, FIRST, REST, SIZE)
+    PLANE: tl.constexpr = AT // STEP
     logit = _times(_numbers(key, BITS, PLANE, 0, NUMBER, ASM), scaled)
     if REST > 0:
         logit += _times(_numbers(key_rest, BITS, PLANE, 0, NUMBER, ASM), scaled_rest)
@@ -164,16 +157,11 @@ def _weights(value_scale, value_zero, column, AT: tl.constexpr, STEP: tl.constex
 
 @triton.jit
 def _sums(
-    values, value, value_rest, share, sums, sums_rest,
-    AT: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, LOAD: tl.constexpr, FIRST: tl.constexpr,
-    REST: tl.constexpr, SIZE: tl.constexpr, OFFSET: tl.constexpr, NUMBER: tl.constexpr, ASM: tl.constexpr,
+    value, value_rest, share, sums, sums_rest,
+    PLANE: tl.constexpr, BITS: tl.constexpr, REST: tl.constexpr, OFFSET: tl.constexpr, NUMBER: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """The slots from AT on, (STEP, ROWS) `share` of each, added to sums (channels, ROWS)."""
-    PLANE: tl.constexpr = AT // (8 * BITS)
-    if LOAD:
-        value = _value_bytes(values, AT % (8 * BITS), STEP, 8 * BITS, 0, FIRST, SIZE)
-        if REST > 0:
-            value_rest = _value_bytes(values, AT % (8 * BITS), STEP, 8 * BITS, FIRST, REST, SIZE)
+    """The slots of a plane, (STEP, ROWS) `share` of each, added to sums (channels, ROWS)."""
     sums += _times(_numbers(value, BITS, PLANE, OFFSET, NUMBER, ASM), share)
     if REST > 0:
         sums_rest += _times(_numbers(value_rest, BITS, PLANE, OFFSET, NUMBER, ASM), share)
@@ -184,20 +172,18 @@ def _sums(
 def _coded_page(
     q, q_rest, keys, key_scale, key_zero, values, value_scale, value_zero, column, begin,
     top, total, zeros, acc, acc_rest,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
     SIZE: tl.constexpr, SCALES: tl.constexpr, NUMBER: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """A page of codes added to the running softmax; its slots before `begin` are empty."""
-    BITS: tl.constexpr = KEY_BITS if KEY_BITS < VALUE_BITS else VALUE_BITS
-    STEP: tl.constexpr = 8 * BITS  # slots at a time
-    LOAD: tl.constexpr = KEY_BITS != VALUE_BITS  # else all is loaded at once, before any of it is used
-    key, key_rest, value, value_rest = begin, begin, begin, begin
-    if not LOAD:
-        key = _key_bytes(keys, 0, STEP, 0, FIRST, SIZE)
-        value = _value_bytes(values, 0, STEP, STEP, 0, FIRST, SIZE)
-        if REST > 0:
-            key_rest = _key_bytes(keys, 0, STEP, FIRST, REST, SIZE)
-            value_rest = _value_bytes(values, 0, STEP, STEP, FIRST, REST, SIZE)
+    STEP: tl.constexpr = 8 * BITS  # slots at a time: those of a plane
+    # All is loaded at once, before any of it is used.
+    key = _key_bytes(keys, 0, FIRST, SIZE, STEP)
+    value = _value_bytes(values, 0, FIRST, SIZE, STEP)
+    key_rest, value_rest = key, value
+    if REST > 0:
+        key_rest = _key_bytes(keys, FIRST, REST, SIZE, STEP)
+        value_rest = _value_bytes(values, FIRST, REST, SIZE, STEP)
     s_0, z_0 = _weights(value_scale, value_zero, column, 0, STEP, SCALES)
     if BITS <= 4:
         s_1, z_1 = _weights(value_scale, value_zero, column, STEP, STEP, SCALES)
@@ -209,20 +195,16 @@ def _coded_page(
     if REST > 0:
         scaled_rest, constant_rest = _scaled(q_rest, key_scale, key_zero, NUMBER, FIRST, REST, SIZE)
         constant += constant_rest
-    x_0 = _logits(keys, key, key_rest, scaled, scaled_rest, constant, begin, 0, STEP, KEY_BITS, LOAD, FIRST, REST,
-                  SIZE, NUMBER, ASM)  # fmt: skip
+    x_0 = _logits(key, key_rest, scaled, scaled_rest, constant, begin, 0, STEP, BITS, REST, NUMBER, ASM)
     higher = tl.maximum(top, tl.max(x_0, 0))
     largest = tl.max(s_0, 0)
     if BITS <= 4:
-        x_1 = _logits(keys, key, key_rest, scaled, scaled_rest, constant, begin, STEP, STEP, KEY_BITS, LOAD, FIRST,
-                      REST, SIZE, NUMBER, ASM)  # fmt: skip
+        x_1 = _logits(key, key_rest, scaled, scaled_rest, constant, begin, STEP, STEP, BITS, REST, NUMBER, ASM)
         higher = tl.maximum(higher, tl.max(x_1, 0))
         largest = tl.maximum(largest, tl.max(s_1, 0))
     if BITS == 2:
-        x_2 = _logits(keys, key, key_rest, scaled, scaled_rest, constant, begin, 2 * STEP, STEP, KEY_BITS, LOAD, FIRST,
-                      REST, SIZE, NUMBER, ASM)  # fmt: skip
-        x_3 = _logits(keys, key, key_rest, scaled, scaled_rest, constant, begin, 3 * STEP, STEP, KEY_BITS, LOAD, FIRST,
-                      REST, SIZE, NUMBER, ASM)  # fmt: skip
+        x_2 = _logits(key, key_rest, scaled, scaled_rest, constant, begin, 2 * STEP, STEP, BITS, REST, NUMBER, ASM)
+        x_3 = _logits(key, key_rest, scaled, scaled_rest, constant, begin, 3 * STEP, STEP, BITS, REST, NUMBER, ASM)
         higher = tl.maximum(higher, tl.maximum(tl.max(x_2, 0), tl.max(x_3, 0)))
         largest = tl.maximum(largest, tl.maximum(tl.max(s_2, 0), tl.max(s_3, 0)))
     shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -240,27 +222,23 @@ def _coded_page(
     total = total * fade + tl.sum(x_0, 0)
     share = (x_0 * (s_0 * inverse)).to(NUMBER)
     zero = x_0 * z_0 - share.to(tl.float32) * lifted
-    sums, sums_rest = _sums(values, value, value_rest, share, sums, sums_rest, 0, STEP, VALUE_BITS,
-                            LOAD, FIRST, REST, SIZE, OFFSET, NUMBER, ASM)  # fmt: skip
+    sums, sums_rest = _sums(value, value_rest, share, sums, sums_rest, 0, BITS, REST, OFFSET, NUMBER, ASM)
     if BITS <= 4:
         x_1 = tl.exp2(x_1 - shift[None, :])
         total += tl.sum(x_1, 0)
         share = (x_1 * (s_1 * inverse)).to(NUMBER)
         zero += x_1 * z_1 - share.to(tl.float32) * lifted
-        sums, sums_rest = _sums(values, value, value_rest, share, sums, sums_rest, STEP, STEP, VALUE_BITS,
-                                LOAD, FIRST, REST, SIZE, OFFSET, NUMBER, ASM)  # fmt: skip
+        sums, sums_rest = _sums(value, value_rest, share, sums, sums_rest, 1, BITS, REST, OFFSET, NUMBER, ASM)
     if BITS == 2:
         x_2 = tl.exp2(x_2 - shift[None, :])
         x_3 = tl.exp2(x_3 - shift[None, :])
         total += tl.sum(x_2 + x_3, 0)
         share = (x_2 * (s_2 * inverse)).to(NUMBER)
         zero += x_2 * z_2 - share.to(tl.float32) * lifted
-        sums, sums_rest = _sums(values, value, value_rest, share, sums, sums_rest, 2 * STEP, STEP, VALUE_BITS,
-                                LOAD, FIRST, REST, SIZE, OFFSET, NUMBER, ASM)  # fmt: skip
+        sums, sums_rest = _sums(value, value_rest, share, sums, sums_rest, 2, BITS, REST, OFFSET, NUMBER, ASM)
         share = (x_3 * (s_3 * inverse)).to(NUMBER)
         zero += x_3 * z_3 - share.to(tl.float32) * lifted
-        sums, sums_rest = _sums(values, value, value_rest, share, sums, sums_rest, 3 * STEP, STEP, VALUE_BITS,
-                                LOAD, FIRST, REST, SIZE, OFFSET, NUMBER, ASM)  # fmt: skip
+        sums, sums_rest = _sums(value, value_rest, share, sums, sums_rest, 3, BITS, REST, OFFSET, NUMBER, ASM)
     zeros = zeros * fade + tl.sum(zero, 0)
     acc = acc * fade[None, :] + sums * largest[None, :]
     if REST > 0:
@@ -307,21 +285,15 @@ def _put(
 
 
 @triton.jit
-def _programs(row_pages, heads, per_program, EVEN: tl.constexpr):
-    """How many programs a tier takes for each row; those that no head needs end at once."""
-    return heads * tl.cdiv(row_pages // heads, per_program) if EVEN else row_pages // per_program + heads
-
-
-@triton.jit
 def _shares(count, row, heads, per_program, HEADS: tl.constexpr):
-    """How many of them each head of a row has, (HEADS,), where heads differ."""
+    """How many programs each head of a row has, (HEADS,), where heads differ."""
     head = tl.arange(0, HEADS)
     return tl.cdiv(tl.load(count + row * heads + head, mask=head < heads, other=0), per_program)
 
 
 @triton.jit
 def _owner(item, count, first, row, heads, row_pages, per_program, HEADS: tl.constexpr, EVEN: tl.constexpr):
-    """Of a tier's program in a row: its head, the page of that head that it begins with, the first page of the head in
+    """Of a program of a row: its head, the page of that head that it begins with, the first page of the head in
     the row, and the pages of the head. A head of `heads` is none."""
     if EVEN:
         pages = row_pages // heads
@@ -352,15 +324,15 @@ def _used(length, start, row, head, capacity, slb, slh, ssb, ssh, TENSOR: tl.con
 
 @triton.jit(do_not_specialize=_COUNTS)
 def split_kernel(
-    q, part, lse, keys, values, length, start, tiers, row_pages,
+    q, part, lse, keys, values, length, start,
+    key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, count, first, empty, row_pages,
     sqb, sqh, skb, skh, skn, svb, svh, svn, slb, slh, ssb, ssh,
     scale, heads, capacity, splits, items, per_program, chunk,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, EVEN: tl.constexpr, TIERS: tl.constexpr,
-    GROUPS: tl.constexpr, SCALES: tl.constexpr, SIZE: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr, SIZE: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, TENSOR: tl.constexpr, HAS_START: tl.constexpr, OVERLAP: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """(items, B) programs: first `splits` a head over the newest slots, then those of each tier from its offset on."""
+    """(items, B) programs: first `splits` a head over the newest slots, then those over the pages."""
     item, batch = tl.program_id(0), tl.program_id(1)
     NUMBER: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
     row = tl.arange(0, ROWS)
@@ -369,7 +341,7 @@ def split_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     far = batch.to(tl.int64)
-    head = item // splits  # of the newest slots' programs; the tiers' find theirs
+    head = item // splits  # of the newest slots' programs; the others find theirs
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     zeros = tl.zeros([ROWS], tl.float32)
@@ -394,47 +366,42 @@ def split_kernel(
                 one, two, k, v, step + tl.arange(0, BLOCK), begin, end, skn, svn,
                 top, total, zeros, acc, acc_rest, scale, FIRST, REST, SIZE,
             )  # fmt: skip
-    offset = heads * splits
-    for t in tl.static_range(TIERS):
-        programs = _programs(row_pages[t], heads, per_program, EVEN[t])
-        if (item >= offset) & (item < offset + programs):
-            key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, count, first, empty = tiers[t]
-            head, begin_page, first_page, pages = _owner(
-                item - offset, count, first, batch, heads, row_pages[t], per_program, HEADS, EVEN[t]
-            )
-            if head < heads:
-                query = q + far * sqb + head.to(tl.int64) * GROUPS * sqh
-                one = _query(query, group, real, sqh, 0, FIRST, SIZE)
-                two = one
+    else:
+        head, begin_page, first_page, pages = _owner(
+            item - heads * splits, count, first, batch, heads, row_pages, per_program, HEADS, EVEN
+        )
+        if head < heads:
+            query = q + far * sqb + head.to(tl.int64) * GROUPS * sqh
+            one = _query(query, group, real, sqh, 0, FIRST, SIZE)
+            two = one
+            if REST > 0:
+                two = _query(query, group, real, sqh, FIRST, REST, SIZE)
+            if BITS != 16:  # what a code is worth is found once a page, in logits to base 2
+                one = one.to(tl.float32) * scale
                 if REST > 0:
-                    two = _query(query, group, real, sqh, FIRST, REST, SIZE)
-                if KEY_BITS[t] != 16:  # what a code is worth is found once a page, in logits to base 2
-                    one = one.to(tl.float32) * scale
-                    if REST > 0:
-                        two = two.to(tl.float32) * scale
-                begin = tl.load(empty + batch * heads + head)
-                end_page = tl.minimum(begin_page + per_program, pages)
-                page_of_row = far * row_pages[t] + first_page
-                for page in tl.range(tl.maximum(begin_page, begin // 64), end_page, num_stages=STAGES):
-                    at = page_of_row + page
-                    if KEY_BITS[t] == 16:
-                        k = key_codes + at * (64 * SIZE)
-                        v = value_codes + at * (64 * SIZE)
-                        for step in tl.static_range(0, 64, BLOCK):
-                            top, total, zeros, acc, acc_rest = _plain_slots(
-                                one, two, k, v, step + tl.arange(0, BLOCK), begin - page * 64, 64, SIZE, SIZE,
-                                top, total, zeros, acc, acc_rest, scale, FIRST, REST, SIZE,
-                            )  # fmt: skip
-                    else:
-                        top, total, zeros, acc, acc_rest = _coded_page(
-                            one, two,
-                            key_codes + at * (8 * KEY_BITS[t] * SIZE), key_scale + at * SIZE, key_zero + at * SIZE,
-                            value_codes + at * (8 * VALUE_BITS[t] * SIZE),
-                            value_scale + at * (64 * SCALES), value_zero + at * (64 * SCALES),
-                            row % SCALES, begin - page * 64, top, total, zeros, acc, acc_rest,
-                            KEY_BITS[t], VALUE_BITS[t], ROWS, FIRST, REST, SIZE, SCALES, NUMBER, ASM,
+                    two = two.to(tl.float32) * scale
+            begin = tl.load(empty + batch * heads + head)
+            end_page = tl.minimum(begin_page + per_program, pages)
+            page_of_row = far * row_pages + first_page
+            for page in tl.range(tl.maximum(begin_page, begin // 64), end_page, num_stages=STAGES):
+                at = page_of_row + page
+                if BITS == 16:
+                    k = key_codes + at * (64 * SIZE)
+                    v = value_codes + at * (64 * SIZE)
+                    for step in tl.static_range(0, 64, BLOCK):
+                        top, total, zeros, acc, acc_rest = _plain_slots(
+                            one, two, k, v, step + tl.arange(0, BLOCK), begin - page * 64, 64, SIZE, SIZE,
+                            top, total, zeros, acc, acc_rest, scale, FIRST, REST, SIZE,
                         )  # fmt: skip
-        offset += programs
+                else:
+                    top, total, zeros, acc, acc_rest = _coded_page(
+                        one, two,
+                        key_codes + at * (8 * BITS * SIZE), key_scale + at * SIZE, key_zero + at * SIZE,
+                        value_codes + at * (8 * BITS * SIZE),
+                        value_scale + at * (64 * SCALES), value_zero + at * (64 * SCALES),
+                        row % SCALES, begin - page * 64, top, total, zeros, acc, acc_rest,
+                        BITS, ROWS, FIRST, REST, SIZE, SCALES, NUMBER, ASM,
+                    )  # fmt: skip
     if head < heads:
         some = tl.where(total > 0, total, 1.0)
         where = (far * items + item) * GROUPS + group
@@ -467,12 +434,11 @@ def _add_parts(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def join_kernel(
-    q, part, lse, out, keys, values, new_key, new_value, length, start, counts, row_pages,
+    q, part, lse, out, keys, values, new_key, new_value, length, start, count, row_pages,
     sqb, sqh, skb, skh, skn, svb, svh, svn, slb, slh, ssb, ssh, snkb, snkh, snvb, snvh,
     scale, heads, capacity, splits, items, per_program, chunk,
-    EVEN: tl.constexpr, TIERS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
-    HEADS: tl.constexpr, PARTS: tl.constexpr,
-    TENSOR: tl.constexpr, HAS_START: tl.constexpr, NEW: tl.constexpr, OVERLAP: tl.constexpr,
+    EVEN: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
+    PARTS: tl.constexpr, TENSOR: tl.constexpr, HAS_START: tl.constexpr, NEW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """(Hq, B) programs: each joins the parts of one query head and a new token, and writes that into its slot."""
     query_head, batch = tl.program_id(0), tl.program_id(1)
@@ -503,20 +469,18 @@ def join_kernel(
     sums = tl.zeros([PARTS, WIDE], tl.float32)
     base = far * items
     offset = heads * splits
-    for t in tl.static_range(TIERS):
-        if EVEN[t]:
-            each = tl.cdiv(row_pages[t] // heads, per_program)
-            low = offset + head * each
-            high = low + each
-        else:
-            programs = _shares(counts[t], batch, heads, per_program, HEADS)
-            index = tl.arange(0, HEADS)
-            low = offset + tl.sum(tl.where(index < head, programs, 0), 0)
-            high = low + tl.sum(tl.where(index == head, programs, 0), 0)
-        tops, totals, sums = _add_parts(
-            part, lse, low, high, base, group, channel, inside, lane, tops, totals, sums, GROUPS, SIZE, PARTS
-        )  # fmt: skip
-        offset += _programs(row_pages[t], heads, per_program, EVEN[t])
+    if EVEN:
+        each = tl.cdiv(row_pages // heads, per_program)
+        low = offset + head * each
+        high = low + each
+    else:
+        programs = _shares(count, batch, heads, per_program, HEADS)
+        index = tl.arange(0, HEADS)
+        low = offset + tl.sum(tl.where(index < head, programs, 0), 0)
+        high = low + tl.sum(tl.where(index == head, programs, 0), 0)
+    tops, totals, sums = _add_parts(
+        part, lse, low, high, base, group, channel, inside, lane, tops, totals, sums, GROUPS, SIZE, PARTS
+    )
     low = head * splits + begin // chunk
     high = head * splits + tl.cdiv(end, chunk)
     tops, totals, sums = _add_parts(
@@ -535,7 +499,7 @@ def join_kernel(
 
 def packed_attention(
     query: Tensor,
-    tiers: Sequence[Pages],
+    pages: Pages,
     keys: Tensor,
     values: Tensor,
     length: int | Tensor,
@@ -557,13 +521,11 @@ def packed_attention(
         raise ValueError("the newest slots need their channels side by side")
     if blocks is None:
         overlap = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
-        pages = sum(tier.row_pages for tier in tiers) // heads
-        blocks = choose(batch * heads, pages, columns, size, query.itemsize, overlap)
+        blocks = choose(batch * heads, pages.row_pages // heads, columns, size, query.itemsize, overlap)
     splits = max(1, triton.cdiv(capacity, blocks.chunk))
-    items = heads * splits
-    for tier in tiers:  # as `_programs`
-        each = triton.cdiv(tier.row_pages // heads, blocks.pages)
-        items += heads * each if tier.even else tier.row_pages // blocks.pages + heads
+    # Programs of the newest slots, and of the pages: where heads differ, those that none needs end at once.
+    each = triton.cdiv(pages.row_pages // heads, blocks.pages)
+    items = heads * splits + (heads * each if pages.even else pages.row_pages // blocks.pages + heads)
     first, rest = parts(size)
     lengths = (0, 0) if isinstance(length, int) or length.numel() == 1 else length.stride()
     starts = (0, 0) if start is None else start.stride()
@@ -571,37 +533,33 @@ def packed_attention(
     out = torch.empty(batch, query_heads, 1, size, dtype=query.dtype, device=query.device)
     part = torch.empty(batch, items, groups, size, dtype=torch.float32, device=query.device)
     lse = torch.empty(batch, items, groups, dtype=torch.float32, device=query.device)
-    row_pages = tuple(tier.row_pages for tier in tiers)
     strides = (*query.stride()[:2], *keys.stride()[:3], *values.stride()[:3], *lengths, *starts)
     numbers = (scaling * math.log2(math.e), heads, capacity, splits, items, blocks.pages, blocks.chunk)
     shared = {
-        "EVEN": tuple(tier.even for tier in tiers), "TIERS": len(tiers), "GROUPS": groups, "SIZE": size,
-        "HEADS": power_of_two(heads + 1), "TENSOR": not isinstance(length, int), "HAS_START": start is not None,
-        "OVERLAP": blocks.overlap,
+        "EVEN": pages.even, "GROUPS": groups, "SIZE": size, "HEADS": power_of_two(heads + 1),
+        "TENSOR": not isinstance(length, int), "HAS_START": start is not None, "OVERLAP": blocks.overlap,
     }  # fmt: skip
     split_kernel[(items, batch)](
-        query, part, lse, keys, values, length, no_start, tuple(map(_arguments, tiers)), row_pages,
-        *strides, *numbers,
-        KEY_BITS=tuple(t.keys.bits for t in tiers), VALUE_BITS=tuple(t.values.bits for t in tiers),
-        SCALES=scales, FIRST=first, REST=rest, ROWS=power_of_two(columns),
+        query, part, lse, keys, values, length, no_start, *_arguments(pages), pages.row_pages, *strides, *numbers,
+        BITS=pages.bits, SCALES=scales, FIRST=first, REST=rest, ROWS=power_of_two(columns),
         BLOCK=32, STAGES=blocks.stages, ASM=not INTERPRETED, num_warps=blocks.warps, **shared,
         **({"maxnreg": blocks.registers} if blocks.registers else {}),
     )  # fmt: skip
     wide = power_of_two(size)
     join_kernel[(query_heads, batch)](
-        query, part, lse, out, keys, values, new_key, new_value, length, no_start, tuple(t.count for t in tiers),
-        row_pages, *strides, *new_key.stride()[:2], *new_value.stride()[:2], *numbers,
+        query, part, lse, out, keys, values, new_key, new_value, length, no_start, pages.count,
+        pages.row_pages, *strides, *new_key.stride()[:2], *new_value.stride()[:2], *numbers,
         WIDE=wide, PARTS=max(4, 4096 // wide // 2), NEW=new is not None, num_warps=4, **shared,
         **({"launch_pdl": True} if blocks.overlap else {}),
     )  # fmt: skip
     return out
 
 
-def _arguments(tier: Pages) -> tuple[Tensor, ...]:
-    """The tensors of a tier as the kernel takes them; where numbers are stored as they are, they stand for scales."""
-    keys, values = tier.keys, tier.values
+def _arguments(pages: Pages) -> tuple[Tensor, ...]:
+    """The tensors of pages as the kernel takes them; where numbers are stored as they are, they stand for scales."""
+    keys, values = pages.keys, pages.values
     key_scale, key_zero = (keys.codes if t is None else t for t in (keys.scale, keys.zero))
     value_scale, value_zero = (values.codes if t is None else t for t in (values.scale, values.zero))
     return (
-        keys.codes, key_scale, key_zero, values.codes, value_scale, value_zero, tier.count, tier.first, tier.start
+        keys.codes, key_scale, key_zero, values.codes, value_scale, value_zero, pages.count, pages.first, pages.start
     )  # fmt: skip

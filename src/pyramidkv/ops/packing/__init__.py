@@ -11,9 +11,7 @@ from pyramidkv.ops.quantize import Codes, value_group
 __all__ = ["pack"]
 
 
-def pack(
-    key: Tensor, value: Tensor, index: Tensor, count: Tensor, pages: int, key_bits: int, value_bits: int
-) -> tuple[Codes, Codes]:
+def pack(key: Tensor, value: Tensor, index: Tensor, count: Tensor, pages: int, bits: int) -> tuple[Codes, Codes]:
     """Pages of codes of the slots `index` of keys and values.
 
     The definition and the arguments are those of `naive.pack`; the kernel's result is the same to the last bit.
@@ -24,5 +22,5 @@ def pack(
         from pyramidkv.ops.packing import triton
 
         with kernels.on(key.device):
-            return triton.pack(key, value, index, count, pages, key_bits, value_bits)
-    return naive.pack(key, value, index, count, pages, key_bits, value_bits)
+            return triton.pack(key, value, index, count, pages, bits)
+    return naive.pack(key, value, index, count, pages, bits)

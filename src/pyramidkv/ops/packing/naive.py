@@ -8,9 +8,7 @@ from torch import Tensor
 from pyramidkv.ops.quantize import PAGE, Codes, quantize_keys, quantize_values
 
 
-def pack(
-    key: Tensor, value: Tensor, index: Tensor, count: Tensor, pages: int, key_bits: int, value_bits: int
-) -> tuple[Codes, Codes]:
+def pack(key: Tensor, value: Tensor, index: Tensor, count: Tensor, pages: int, bits: int) -> tuple[Codes, Codes]:
     """Pages of codes of the slots `index` of keys and values.
 
     Args:
@@ -18,7 +16,7 @@ def pack(
         index: (B, H, W) into K, -1 for none; the last slots of a head are the last of its last page.
         count: (B, H), the pages of each head; those of a head lie behind those of the head before.
         pages: of each row, those of no head included.
-        key_bits, value_bits: 16, 8, 4 or 2.
+        bits: of a number, 16, 8, 4 or 2.
 
     Returns:
         Codes of keys (B, pages, 64, D) and of values (B, pages, 64, Dv). Empty slots are zeros.
@@ -37,4 +35,4 @@ def pack(
     taken = (row, owner[..., None], slot.clamp(min=0))
     empty = (slot < 0)[..., None]
     keys, values = (t[taken].masked_fill_(empty, 0) for t in (key, value))
-    return quantize_keys(keys, key_bits, slot >= 0), quantize_values(values, value_bits)
+    return quantize_keys(keys, bits, slot >= 0), quantize_values(values, bits)

@@ -157,7 +157,7 @@ def pack_kernel(
     key, value, index, count, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero,
     skb, skh, skn, svb, svh, svn, sib, sih, heads, width, pages, HEADS: tl.constexpr,
     SIZE: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, BITS: tl.constexpr,
-    V_SIZE: tl.constexpr, V_GROUP: tl.constexpr, V_FIRST: tl.constexpr, V_REST: tl.constexpr, V_BITS: tl.constexpr,
+    V_SIZE: tl.constexpr, V_GROUP: tl.constexpr, V_FIRST: tl.constexpr, V_REST: tl.constexpr,
     PIECE: tl.constexpr,
 ):  # fmt: skip
     """(pages * groups of keys and values, B) programs."""
@@ -186,35 +186,33 @@ def pack_kernel(
     else:
         group -= GROUPS
         value += row * svb + owner.to(tl.int64) * svh + group * V_GROUP
-        if V_BITS == 16:
+        if BITS == 16:
             target = value_codes + at * (64 * V_SIZE) + group * V_GROUP
             _copy(value, index, column, width, svn, target, V_FIRST, V_REST, V_GROUP, V_SIZE)
         else:
-            codes = value_codes + (at * V_SIZE + group * V_GROUP) * (2 * V_BITS)
+            codes = value_codes + (at * V_SIZE + group * V_GROUP) * (2 * BITS)
             place = at * (64 * V_GROUPS) + group
             _values(
                 value, index, column, width, svn, codes, value_scale + place, value_zero + place,
-                PIECE, V_GROUP, V_GROUPS, V_BITS,
+                PIECE, V_GROUP, V_GROUPS, BITS,
             )  # fmt: skip
 
 
-def pack(
-    key: Tensor, value: Tensor, index: Tensor, count: Tensor, pages: int, key_bits: int, value_bits: int
-) -> tuple[Codes, Codes]:
+def pack(key: Tensor, value: Tensor, index: Tensor, count: Tensor, pages: int, bits: int) -> tuple[Codes, Codes]:
     """As `naive.pack`, for groups of channels (`value_group`) that are a multiple of 4."""
     rows, heads, width = index.shape
     key, value, index = dense(key), dense(value), dense(index)
     sizes = key.shape[-1], value.shape[-1]
     group, v_group = map(value_group, sizes)
     (first, rest), (v_first, v_rest) = parts(group), parts(v_group)
-    keys = _empty(key, (rows, pages), key_bits, (8 * key_bits, sizes[0]), sizes[:1])
-    values = _empty(value, (rows, pages), value_bits, (sizes[1], 8 * value_bits), (PAGE, sizes[1] // v_group))
+    keys = _empty(key, (rows, pages), bits, (8 * bits, sizes[0]), sizes[:1])
+    values = _empty(value, (rows, pages), bits, (sizes[1], 8 * bits), (PAGE, sizes[1] // v_group))
     if rows and pages:
         pack_kernel[(pages * (sizes[0] // group + sizes[1] // v_group), rows)](
             key, value, index, count.contiguous(), *_arguments(keys), *_arguments(values),
             *key.stride()[:3], *value.stride()[:3], *index.stride()[:2], heads, width, pages,
-            HEADS=power_of_two(heads), SIZE=sizes[0], GROUP=group, FIRST=first, REST=rest, BITS=key_bits,
-            V_SIZE=sizes[1], V_GROUP=v_group, V_FIRST=v_first, V_REST=v_rest, V_BITS=value_bits,
+            HEADS=power_of_two(heads), SIZE=sizes[0], GROUP=group, FIRST=first, REST=rest, BITS=bits,
+            V_SIZE=sizes[1], V_GROUP=v_group, V_FIRST=v_first, V_REST=v_rest,
             PIECE=max(16, v_group & -v_group), num_warps=warps(max(group, v_group), key.itemsize), maxnreg=REGISTERS,
         )  # fmt: skip
     return keys, values
