@@ -11,12 +11,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -45,6 +42,7 @@ from pyramidkv.ops.turn import naive as turn_naive
 from pyramidkv.ops.turn import triton as turning
 from pyramidkv.ops.window_scores import naive as scores_naive
 from pyramidkv.ops.window_scores import triton as scores
+from result import Result, add_out
 
 BEGAN = time.perf_counter()
 L2 = 50e6  # bytes
@@ -655,14 +653,6 @@ SWEEPS = {
 }  # fmt: skip
 
 
-def table(rows: list[dict]) -> None:
-    names = list(rows[0])
-    print(" | ".join(names))
-    for row in rows:
-        print(" | ".join(f"{row[n]:.1f}" if isinstance(row[n], float) else str(row[n]) for n in names))
-    print(flush=True)
-
-
 def measure_attention(report: dict) -> None:
     """Decode attention, window scores, and attention of a prefill beside them."""
     check(report)
@@ -703,60 +693,50 @@ def measure_packed(report: dict) -> None:
     print(f"packed after {elapsed():.0f} s", flush=True)
 
 
+PARTS = {
+    "eviction": measure_eviction, "echo": measure_echo, "attention": measure_attention, "packing": measure_packing,
+    "packed": measure_packed,
+}  # fmt: skip
+SWEPT = {"select": "eviction", "compact": "eviction", "packed": "packed", "echo": "echo"}  # the others: attention
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "kernels.json")
-    parser.add_argument(
-        "--only",
-        choices=["attention", "echo", "eviction", "packing", "packed"],
-        help="some of the kernels; default: all",
-    )
+    add_out(parser)
+    parser.add_argument("--only", choices=sorted(PARTS), help="some of the kernels; default: all")
     parser.add_argument("--seconds", type=float, default=140, help="when to stop trying other tiles")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.manual_seed(int(time.time()))
-    report: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "unit": "microseconds"}
-    try:
-        report |= ceilings()
-        print({name: round(report[name], 2) for name in ("copy_TBps", "bf16_TFLOPs")}, flush=True)
-        if arguments.only in (None, "eviction"):
-            measure_eviction(report)
-        if arguments.only in (None, "echo"):
-            measure_echo(report)
-        if arguments.only in (None, "attention"):
-            measure_attention(report)
-        if arguments.only in (None, "packing"):
-            measure_packing(report)
-        if arguments.only in (None, "packed"):
-            measure_packed(report)
-        report["sweeps"] = {}
-        for model, kind, *size in (
-            *((model, "echo", tokens) for model, tokens in ECHOES[:2]),
-            ("pythia-2.8b", "select", 1, 6144, 1536), ("pythia-2.8b", "compact", 1, 6144, 1536),
-            ("pythia-2.8b", "select", 8, 6144, 1536), ("llama-8b", "select", 1, 32768, 8192),
-            ("llama-8b", "compact", 1, 32768, 8192),
-            ("pythia-2.8b", "decode", 1, 1690), ("pythia-2.8b", "scores", 6144, 1024),
-            ("pythia-2.8b", "decode", 8, 1690), ("llama-8b", "decode", 1, 1690), ("llama-8b", "scores", 6144, 1024),
-            ("pythia-2.8b", "scores", 6144, 32), ("llama-8b", "decode", 8, 6272), ("pythia-2.8b", "decode", 8, 6272),
-            ("pythia-2.8b", "decode", 1, 6272), ("llama-8b", "scores", 6144, 32),
-            *((model, "packed", *size) for model, *size in PACKED_SWEEPS),
-        ):  # fmt: skip
-            about = {"select": "eviction", "compact": "eviction", "packed": "packed", "echo": "echo"}.get(
-                kind, "attention"
-            )
-            if arguments.only not in (None, about):
-                continue
-            report["sweeps"][f"{kind} {model} {size}"] = SWEEPS[kind](model, *size, arguments.seconds)
-    finally:
-        report["seconds"] = elapsed()
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    result = Result(arguments.out, unit="microseconds")
+    report = result.data
+    report |= ceilings()
+    print({name: round(report[name], 2) for name in ("copy_TBps", "bf16_TFLOPs")}, flush=True)
+    for name, measure in PARTS.items():
+        if arguments.only in (None, name):
+            with result.attempt(name):
+                measure(report)
+            result.write()
+    report["sweeps"] = {}
+    for model, kind, *size in (
+        *((model, "echo", tokens) for model, tokens in ECHOES[:2]),
+        ("pythia-2.8b", "select", 1, 6144, 1536), ("pythia-2.8b", "compact", 1, 6144, 1536),
+        ("pythia-2.8b", "select", 8, 6144, 1536), ("llama-8b", "select", 1, 32768, 8192),
+        ("llama-8b", "compact", 1, 32768, 8192),
+        ("pythia-2.8b", "decode", 1, 1690), ("pythia-2.8b", "scores", 6144, 1024),
+        ("pythia-2.8b", "decode", 8, 1690), ("llama-8b", "decode", 1, 1690), ("llama-8b", "scores", 6144, 1024),
+        ("pythia-2.8b", "scores", 6144, 32), ("llama-8b", "decode", 8, 6272), ("pythia-2.8b", "decode", 8, 6272),
+        ("pythia-2.8b", "decode", 1, 6272), ("llama-8b", "scores", 6144, 32),
+        *((model, "packed", *size) for model, *size in PACKED_SWEEPS),
+    ):  # fmt: skip
+        if arguments.only in (None, SWEPT.get(kind, "attention")):
+            with result.attempt(f"sweep {kind} {model} {size}"):
+                report["sweeps"][f"{kind} {model} {size}"] = SWEEPS[kind](model, *size, arguments.seconds)
+    report["seconds"] = elapsed()
     for name, found in report["sweeps"].items():
         print(name + ": " + "; ".join(f"{k} {v:.1f}" for k, v in sorted(found.items(), key=lambda item: item[1])))
-    print()
-    for name in ("decode", "scores", "prefill", "echo", "eviction", "packing", "packed"):
-        if name in report:
-            table(report[name])
     print(f"{report['copy_TBps']:.2f} TB/s copied, {report['bf16_TFLOPs']:.0f} TFLOP/s, {elapsed():.0f} s in all")
+    result.finish("decode", "scores", "prefill", "echo", "eviction", "packing", "packed")
 
 
 if __name__ == "__main__":

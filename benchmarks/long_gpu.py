@@ -4,14 +4,13 @@
 
 Prompts: the full cache (`DynamicCache`, SDPA, at once, if it fits) beside `session.prefill` with a fixed budget: TTFT
 and peak memory, weights included, for each length. Outputs: TPOT with and without `slack` over the
-same budget, alternating; the difference is what evictions cost. One JSON object a line on standard output; nothing is
-begun after `--seconds`.
+same budget, alternating; the difference is what evictions cost. Nothing is begun after
+`--seconds`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 
 import pyramidkv
 from pyramidkv.models.source import load_model
+from result import Result, add_out
 
 PROMPTS = (8192, 32768, 131072)
 OPTIONS = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=4096)
     parser.add_argument("--new", type=int, default=4096)
     parser.add_argument("--seconds", type=float, default=240)
+    add_out(parser)
     arguments = parser.parse_args()
     begin = time.monotonic()
     loaded = load_model(f"random:{arguments.model}", device="cuda", dtype=arguments.dtype)
@@ -102,14 +103,16 @@ def main() -> None:
     def within() -> bool:
         return time.monotonic() - begin < arguments.seconds
 
-    head = {"device": torch.cuda.get_device_name(), "model": loaded.name, **vars(arguments)}
-    print(json.dumps(head), flush=True)
-    for part in (
-        prompts(loaded.model, arguments.chunk, setting, within),
-        outputs(loaded.model, arguments.new, setting, within),
+    result = Result(arguments.out, model=f"{loaded.name}, random weights, {arguments.dtype}", **setting)
+    for part, records in (
+        ("prompts", prompts(loaded.model, arguments.chunk, setting, within)),
+        ("outputs", outputs(loaded.model, arguments.new, setting, within)),
     ):
-        for record in part:
-            print(json.dumps(record), flush=True)
+        with result.attempt(part):
+            for record in records:
+                result.add(part, record)
+                print(record, flush=True)
+    result.finish("prompts", "outputs")
 
 
 if __name__ == "__main__":

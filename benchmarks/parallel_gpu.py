@@ -14,17 +14,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import gc
-import json
 import os
-import platform
-import shlex
-import sys
 import time
 import zlib
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +33,7 @@ import pyramidkv
 from pyramidkv.evaluate import speed
 from pyramidkv.models.device import total_bytes
 from pyramidkv.shape import cache_shape
+from result import Result, add_out
 
 BEGAN = time.perf_counter()
 _LLAMA = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
@@ -247,7 +242,7 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "parallel.json")
+    add_out(parser)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
         "--shape", nargs="+", choices=SHAPES, default=["tiny-neox", "tiny-llama", "pythia-12b", "llama-70b"]
@@ -269,15 +264,15 @@ def main() -> None:
         device = torch.device("cpu")
         dist.init_process_group("gloo", timeout=timedelta(minutes=30))
     transformers.logging.set_verbosity_error()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    report: dict[str, Any] = {
-        "command": shlex.join(["torchrun", "--nproc-per-node", str(dist.get_world_size()), *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{dist.get_world_size()} x {name}",
-        "versions": {package.__name__: package.__version__ for package in (torch, transformers, pyramidkv)},
-        "unit": "seconds, bytes; medians of the repeats, after one untimed round",
-        "rows": [],
-    }
+    result = Result(
+        options.out,
+        device,
+        writes=dist.get_rank() == 0,
+        unit="seconds, bytes; medians of the repeats, after one untimed round",
+        rows=[],
+    )
+    report = result.data
+    report["device"] = f"{dist.get_world_size()} x {report['device']}"
     large = options.prompt
     for shape in options.shape:
         options.prompt = 512 if shape.startswith("tiny") else large
@@ -291,12 +286,10 @@ def main() -> None:
                 continue
             report["rows"] += one_way(shape, layers, split, device, options)
             report["agreement"] = compare([row for row in report["rows"] if "ranks" in row])
-            if dist.get_rank() == 0:
-                options.out.write_text(json.dumps(report, indent=1) + "\n")
-    for line in report["agreement"]:
-        say(str(line))
+            result.write()
     with contextlib.suppress(Exception):
         dist.destroy_process_group()
+    result.finish("rows", "agreement")
 
 
 main()

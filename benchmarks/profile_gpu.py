@@ -8,24 +8,18 @@ Random weights of the true shape. `--inductor` names settings of torch's compile
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import shlex
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
 import pyramidkv
 from pyramidkv.decode import compiled
 from pyramidkv.models.source import load_model
+from result import Result, add_out
 
 STEPS = 40
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -140,31 +134,24 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=6144)
     parser.add_argument("--batch", type=int, action="append")
     parser.add_argument("--inductor", action="append", choices=SETTINGS)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "profile.json")
+    add_out(parser)
     arguments = parser.parse_args()
     model = load_model(f"random:{arguments.model}", device="cuda", dtype=arguments.dtype).model
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "model": f"{arguments.model}, random weights, {arguments.dtype}",
-        "prefill": [],
-        "decode": [],
-    }
+    result = Result(arguments.out, model=f"{arguments.model}, random weights, {arguments.dtype}")
     configs = {
         f"{method} keep=0.25": pyramidkv.CompressionConfig(method=method, keep=0.25) for method in ("pyramidkv", "rms")
     }
     configs["auto share=0.25"] = pyramidkv.CompressionConfig(method="auto", share=0.25)
     for batch in arguments.batch or [1]:
-        row = prefill(model, configs, batch, arguments.prompt)
-        report["prefill"].append(row)
-        print({name: round(ms["median"], 2) for name, ms in row["ms"].items()}, flush=True)
-        base = row["kernels"]["full cache"]
-        for name in configs:
-            own = {k: v for k, v in row["kernels"][name].items() if k not in base}
-            print(f"  only in {name}: {sum(v['us'] for v in own.values()):.0f} us", flush=True)
-            show(own)
+        with result.attempt(f"prefill, batch {batch}"):
+            row = prefill(model, configs, batch, arguments.prompt)
+            row |= {name: ms["median"] for name, ms in row["ms"].items()}
+            result.add("prefill", row)
+            base = row["kernels"]["full cache"]
+            for name in configs:
+                own = {k: v for k, v in row["kernels"][name].items() if k not in base}
+                print(f"  only in {name}: {sum(v['us'] for v in own.values()):.0f} us", flush=True)
+                show(own)
     settings = [None, *(arguments.inductor or ["ours"])]
     for batch in arguments.batch or [1]:
         for setting in settings:
@@ -175,11 +162,11 @@ def main() -> None:
                     delattr(model, compiled._ATTRIBUTE)
                 torch._dynamo.reset()
             config = pyramidkv.CompressionConfig(keep=0.25, room=200, decode="graph" if setting is None else "compiled")
-            row = {"inductor": setting, **measure(model, config, batch, arguments.prompt)}
-            report["decode"].append(row)
-            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-            print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k != "kernels"}, flush=True)
-            show(row["kernels"])
+            with result.attempt(f"decode, batch {batch}, {setting}"):
+                row = {"inductor": setting, **measure(model, config, batch, arguments.prompt)}
+                result.add("decode", row)
+                show(row["kernels"])
+    result.finish("prefill", "decode")
 
 
 if __name__ == "__main__":

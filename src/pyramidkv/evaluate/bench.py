@@ -7,25 +7,18 @@ what is skipped and why, and how a run that was cut off goes on.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import os
-import platform
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import pyramidkv
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
 from pyramidkv.config import CompressionConfig, unknown
 from pyramidkv.errors import ConfigError, DataError
-from pyramidkv.evaluate import perplexity, recall, schema, serving, speed, tasks, texts
-from pyramidkv.evaluate.ranks import Ranks, from_environment, joined, merge
+from pyramidkv.evaluate import origin, perplexity, recall, schema, serving, speed, tasks, texts
+from pyramidkv.evaluate.ranks import Ranks, joined, merge
 from pyramidkv.evaluate.schema import Layers, Record, Run, Skipped
 from pyramidkv.layer import PyramidKVLayer
 from pyramidkv.methods import METHODS
@@ -204,14 +197,10 @@ def _head(settings: Settings, loaded: LoadedModel) -> Run:
     shown = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name != "configs"}
     device: torch.device = loaded.model.device
     return Run(
-        command=_command(),
-        started_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        device=device_name(device),
-        versions={
-            "python": platform.python_version(),
-            "pyramidkv": pyramidkv.__version__,
-            **{name: metadata.version(name) for name in ("torch", "transformers")},
-        },
+        command=origin.command(["pyramidkv"], ["-m", "pyramidkv"]),
+        started_utc=origin.now_utc(),
+        device=origin.device_name(device),
+        versions=origin.versions(),
         model=loaded.name,
         model_parameters=loaded.parameters,
         weights_random=loaded.weights_random,
@@ -223,26 +212,6 @@ def _head(settings: Settings, loaded: LoadedModel) -> Run:
             **shown,
         },
     )
-
-
-def _command() -> str:
-    count = from_environment().count
-    start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", str(count)), "-m"] if count > 1 else []
-    return shlex.join([*start, "pyramidkv", *sys.argv[1:]])
-
-
-def device_name(device: torch.device) -> str:
-    """The name of a device as its maker gives it, with the number of threads used on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def _check_same(path: Path, old: Run, new: Run) -> None:
