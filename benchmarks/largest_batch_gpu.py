@@ -1,33 +1,71 @@
 """Tokens a second at the largest batch that fits a GPU: the full cache (StaticCache, compiled) and a compressed one.
 
-    python benchmarks/largest_batch_gpu.py --model pythia-2.8b --dtype float16 --prompt 6144
+    python benchmarks/largest_batch_gpu.py --seconds 190
 
-Random weights of the true shape, plain `generate()`. For each engine the batch goes down from a guess by the plan's
-bytes until it fits; prompts are read in chunks where `--chunk` says so, on every engine, since the activations of a
-whole prefill would take the place of many rows.
+Random weights of the true shape, all rows of one length. Every engine reads its prompts in chunks (`--chunk`), since
+the activations of a whole prefill would take the place of many rows: the full cache by forwards of the model into a
+`StaticCache`, ours by `session.prefill`. Then plain `generate()` decodes. The first tokens, in which steps are compiled
+and captured, are not timed; the time of a token is the median over the others.
+
+The batch is the largest that should fit by arithmetic (weights, cache, activations of a chunk, one layer's past beside
+its chunk) into what is free; if it does not, a smaller one is tried. `--full` and `--compressed` name batches instead.
+No run is begun that should end after `--seconds`, counted from the start of the process.
+
+Without a GPU: --device cpu --model pythia-70m --prompt 256 --chunk 64 --full 2 --compressed 4
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import gc
-import json
 import os
-import shlex
-import sys
+import statistics
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # growing buffers of every size in turn
+
+import psutil
 import torch
-import transformers
-from transformers import StoppingCriteria, StoppingCriteriaList
+from torch import Tensor
+from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList
 
 import pyramidkv
+from pyramidkv.chunks import even_sizes
+from pyramidkv.cli.estimate import Estimate
 from pyramidkv.decode import compiled
-from pyramidkv.models.source import load_model
+from pyramidkv.evaluate.speed import peak_bytes, reset_peak, synchronize
+from pyramidkv.models.device import free_bytes
+from pyramidkv.models.source import LoadedModel, load_model
+from pyramidkv.shape import cache_shape
+from result import Result, add_out
+
+WARM_UP = 8  # tokens: a step is compiled at the second, captured at the third or fourth
+RESERVE = 1.5e9  # bytes: logits, workspaces, kernels, a graph's own memory
+STARTS = 3  # batches tried before an engine is given up
+BEGAN = time.perf_counter() - (time.time() - psutil.Process().create_time())  # imports are counted
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A way to generate; `config` None: the full cache of transformers."""
+
+    name: str
+    config: pyramidkv.CompressionConfig | None
+    prefill_ms: float  # of a row, as far as known: to see whether a run can still end in time
+    start_seconds: float  # for compiling and capturing
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens of a prompt, of a chunk of it, and new ones."""
+
+    prompt: int
+    chunk: int
+    new: int
 
 
 class Clock(StoppingCriteria):
@@ -36,38 +74,122 @@ class Clock(StoppingCriteria):
     def __init__(self) -> None:
         self.ticks: list[float] = []
 
-    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        torch.cuda.synchronize()
+    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        synchronize(input_ids.device)
         self.ticks.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def generate(model: Any, config: Any, batch: int, prompt: int, new_tokens: int, chunk: int | None) -> dict[str, Any]:
-    """One timed generation after a short one that compiles and captures."""
-    ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device="cuda")
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
-    if chunk is not None:
-        options["prefill_chunk_size"] = chunk
-    if config is None:
-        options["cache_implementation"] = "static"
-    with contextlib.nullcontext() if config is None else pyramidkv.compress(model, config):
-        for tokens in (4, new_tokens):
-            gc.collect()
-            torch.cuda.reset_peak_memory_stats()
-            clock = Clock()
-            start = time.perf_counter()
-            model.generate(
-                ids,
-                max_new_tokens=tokens if config is not None else new_tokens,  # one length of its static cache
-                min_new_tokens=tokens if config is not None else new_tokens,
-                stopping_criteria=StoppingCriteriaList([clock]),
-                **options,
-            )
-    tpot = (clock.ticks[-1] - clock.ticks[0]) / (len(clock.ticks) - 1)
+def needed(loaded: LoadedModel, engine: Engine, sizes: Sizes, rows: int) -> float:
+    """Bytes beside the weights that a batch takes at its peak, while its prompts are read."""
+    config = loaded.model.config
+    itemsize = loaded.model.dtype.itemsize
+    estimate = Estimate.of(
+        engine.config or pyramidkv.CompressionConfig(method="full"),
+        config,
+        parameters=loaded.parameters,
+        prompt=sizes.chunk,
+        itemsize=itemsize,
+    )
+    # Queries, keys and values before and after rotation lie beside what the estimate counts.
+    work = rows * (estimate.activation_bytes + sizes.chunk * 6 * config.hidden_size * itemsize)
+    total = sizes.prompt + sizes.new
+    full = estimate.plan.full_bytes(total, batch=rows, itemsize=itemsize)
+    if engine.config is None:  # a mask of the chunk over all slots, in bool and as numbers
+        return full + work + rows * sizes.chunk * total * (1 + itemsize) + RESERVE
+    layers = len(cache_shape(config).layers)
+    most = max(estimate.plan.budgets(sizes.prompt, batch=rows, itemsize=itemsize)) if engine.config.amount else total
+    beside = full / layers * (most + sizes.chunk) / total  # the past, unpacked, and the chunk
+    if engine.config.packs:  # heads of all lengths; unpacked in single precision, then beside the chunk
+        beside = 4 * full / layers
+    return estimate.plan.kv_bytes(sizes.prompt, batch=rows, itemsize=itemsize) + work + beside + RESERVE
+
+
+def batches(loaded: LoadedModel, engine: Engine, sizes: Sizes) -> list[int]:
+    """The largest batch that should fit, and smaller ones."""
+    free = free_bytes(loaded.model.device)
+    most = next(rows for rows in range(4096, 0, -1) if rows == 1 or needed(loaded, engine, sizes, rows) <= free)
+    return list(dict.fromkeys(max(1, round(most * (1 - 0.06 * i))) for i in range(STARTS)))
+
+
+def timed(model: Any, ids: Tensor, cache: Any, new: int) -> tuple[float, list[float]]:
+    """When `generate()` was called with a cache that has seen all but the last token, and when each token came."""
+    clock = Clock()
+    start = time.perf_counter()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    return start, clock.ticks
+
+
+def generate(model: Any, engine: Engine, sizes: Sizes, rows: int) -> dict[str, Any]:
+    """One batch: its prompts read, then decoded."""
+    ids = torch.randint(0, model.config.vocab_size, (rows, sizes.prompt), device=model.device)
+    reset_peak(model.device)
+    synchronize(model.device)
+    begin = time.perf_counter()
+    with contextlib.nullcontext() if engine.config is None else pyramidkv.compress(model, engine.config) as session:
+        if session is None:
+            cache: Any = StaticCache(config=model.config, max_cache_len=sizes.prompt + sizes.new)
+            at = 0
+            with torch.no_grad():
+                for size in even_sizes(sizes.prompt - 1, sizes.chunk):
+                    model(ids[:, at : at + size], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    at += size
+            held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        else:
+            cache = session.prefill(ids, chunk=sizes.chunk)
+            held = session.report().kv_bytes
+        start, ticks = timed(model, ids, cache, sizes.new)
+    steady = [b - a for a, b in zip(ticks[WARM_UP:], ticks[WARM_UP + 1 :], strict=False)]
+    tpot = statistics.median(steady)
     return {
-        "batch": batch, "tokens_per_second": batch / tpot, "tpot_ms": 1e3 * tpot,
-        "ttft_s": clock.ticks[0] - start, "max_memory_GB": torch.cuda.max_memory_allocated() / 1e9,
+        "batch": rows, "tokens_per_second": rows / tpot, "tpot_ms": 1e3 * tpot, "tpot_max_ms": 1e3 * max(steady),
+        "prefill_s": start - begin, "warm_up_s": ticks[WARM_UP] - start, "kv_GB": held / 1e9,
+        "max_memory_GB": (peak_bytes(model.device) or 0) / 1e9, "tpot_all_ms": [round(1e3 * t, 3) for t in steady],
     }  # fmt: skip
+
+
+def forget(model: Any) -> None:
+    """Let go of everything that a run has compiled or allocated."""
+    torch._dynamo.reset()
+    for name in (compiled._ATTRIBUTE, "_compiled_call"):
+        if name in vars(model):
+            delattr(model, name)
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def runs(loaded: LoadedModel, engine: Engine, sizes: Sizes, asked: list[int], seconds: float) -> Iterator[dict]:
+    """A row for each batch tried, the last of which fitted."""
+    forget(loaded.model)
+    for rows in asked or batches(loaded, engine, sizes):
+        row: dict[str, Any] = {"engine": engine.name, "batch": rows}
+        need, free = needed(loaded, engine, sizes, rows), free_bytes(loaded.model.device)
+        row |= {"predicted_GB": need / 1e9, "free_GB": free / 1e9}
+        ends = time.perf_counter() - BEGAN + rows * engine.prefill_ms / 1e3 + engine.start_seconds
+        if need > 1.06 * free:  # the arithmetic is on the safe side; far beyond it there is nothing to try
+            yield row | {"note": "not tried: does not fit"}
+            continue
+        if ends > seconds:
+            yield row | {"note": f"not tried: would end after {ends:.0f} s"}
+            continue
+        try:
+            row |= generate(loaded.model, engine, sizes, rows)
+        except torch.OutOfMemoryError:
+            row["note"] = "out of memory"
+        forget(loaded.model)
+        yield row
+        if "tokens_per_second" in row:
+            return
 
 
 def main() -> None:
@@ -75,43 +197,66 @@ def main() -> None:
     parser.add_argument("--model", default="pythia-2.8b")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--prompt", type=int, default=6144)
-    parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--chunk", type=int)
+    parser.add_argument("--new-tokens", type=int, default=WARM_UP + 24)
+    parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--full", type=int, nargs="*", default=[], help="batches of the full cache, largest first")
     parser.add_argument("--compressed", type=int, nargs="*", default=[], help="and of the compressed one")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "largest-batch.json")
-    arguments = parser.parse_args()
-    model = load_model(f"random:{arguments.model}", device="cuda", dtype=arguments.dtype).model
-    config_25 = pyramidkv.CompressionConfig(keep=0.25, room=arguments.new_tokens, decode="compiled")
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "model": f"{arguments.model}, random weights, {arguments.dtype}",
-        "prompt": arguments.prompt,
-        "prefill_chunk_size": arguments.chunk,
-        "runs": [],
+    parser.add_argument("--method", default="pyramidkv")
+    parser.add_argument("--keep", type=float, help="of the tokens; default 0.25, unless --share is given")
+    parser.add_argument("--share", type=float, help="of the bytes")
+    parser.add_argument("--only", choices=("full", "compressed"))
+    parser.add_argument("--seconds", type=float, default=190)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    add_out(parser)
+    options = parser.parse_args()
+    if options.new_tokens < WARM_UP + 2:
+        parser.error(f"--new-tokens {options.new_tokens}: must be at least {WARM_UP + 2}")
+    keep = 0.25 if options.keep is None and options.share is None else options.keep
+    loaded = load_model(f"random:{options.model}", device=options.device, dtype=options.dtype)
+    sizes = Sizes(options.prompt, options.chunk, options.new_tokens)
+    graph, quickest = ("graph", "compiled") if options.device == "cuda" else ("eager", "eager")
+    captured = pyramidkv.CompressionConfig(
+        method=options.method, keep=keep, share=options.share, room=sizes.new, decode=graph
+    )
+    full = pyramidkv.CompressionConfig(method="full", room=sizes.new, decode=graph)
+    slow = 2.5 if captured.packs else 1.1  # codes are unpacked and packed again at every chunk
+    engines = {
+        "compressed": [Engine(f"{captured.method}, {captured.describe()}", captured, 90 * slow, 10)],
+        "full": [
+            Engine("StaticCache, compiled", None, 160, 60),
+            Engine(f"ours, method=full decode={graph}", full, 120, 5),
+        ],
     }
-    for name, config, batches in (
-        ("pyramidkv, keep=0.25 decode=compiled", config_25, arguments.compressed),
-        ("transformers StaticCache, compiled", None, arguments.full),
-    ):
-        for batch in batches:
-            try:
-                row = generate(model, config, batch, arguments.prompt, arguments.new_tokens, arguments.chunk)
-            except torch.OutOfMemoryError:
-                row = {"batch": batch, "out_of_memory": True}
-            report["runs"].append({"engine": name, **row})
-            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-            print(name, {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-            torch._dynamo.reset()
-            if hasattr(model, compiled._ATTRIBUTE):
-                delattr(model, compiled._ATTRIBUTE)
-            gc.collect()
-            torch.cuda.empty_cache()
-            if "tokens_per_second" in row:
-                break
+    quick = replace(captured, decode=quickest)  # last: it compiles for a minute and gains little at such batches
+    engines["compressed, compiled"] = [Engine(f"{quick.method}, {quick.describe()}", quick, 90 * slow, 70)]
+    result = Result(
+        options.out,
+        options.device,
+        model=f"{options.model}, random weights, {options.dtype}",
+        prompt=sizes.prompt,
+        chunk=sizes.chunk,
+        new_tokens=sizes.new,
+        seconds_to_load=time.perf_counter() - BEGAN,
+    )
+    for side, contenders in engines.items():
+        kind = side.split(",")[0]
+        if options.only not in (None, kind):
+            continue
+        asked = options.full if kind == "full" else options.compressed
+        for engine in contenders:
+            with result.attempt(engine.name):
+                for row in runs(loaded, engine, sizes, asked, options.seconds):
+                    result.add("runs", row)
+                    print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    best: dict[bool, float] = {}
+    for row in result.data.get("runs", []):
+        ours = "ours" not in row["engine"] and "StaticCache" not in row["engine"]
+        best[ours] = max(best.get(ours, 0.0), row.get("tokens_per_second", 0.0))
+    if len(best) == 2 and best[False]:
+        result.data["times_the_full_cache"] = best[True] / best[False]
+        print(f"compressed: {best[True] / best[False]:.2f} times the tokens/s of the best full cache")
+    result.data["seconds"] = time.perf_counter() - BEGAN
+    result.finish("runs")
 
 
 if __name__ == "__main__":
