@@ -1,8 +1,8 @@
 """Time and memory of plain `generate()`: TTFT, TPOT, KV bytes, peak memory; engines alternate within one run.
 
 Every engine generates the same number of tokens from the same random prompt. The clock is a stopping criterion, which
-`generate()` calls after each token; it is read when the token is there for the host to read. Where a graph is captured or a step
-compiled, an untimed prompt of the same length goes before: what is timed is a session in use, as a server's is.
+`generate()` calls after each token; it is read when the token is there for the host to read. Where a graph is captured
+or a step compiled, an untimed prompt of the same length goes before: what is timed is a session in use, as a server's.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _generate(model: Any, engine: Engine, ids: Tensor, new_tokens: int) -> _Timi
 
 
 def wait_for_tokens(device: torch.device) -> None:
-    """Wait until what `generate()` has asked for is done; a step begun ahead on a stream of its own is not part of it."""
+    """Wait for what `generate()` has asked for; a step begun ahead, on a stream of its own, is not part of it."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     else:
