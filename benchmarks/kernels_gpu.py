@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from pyramidkv.evaluate.speed import read_bandwidth
 from pyramidkv.ops.band_scores import naive as band_naive
 from pyramidkv.ops.band_scores import triton as band
 from pyramidkv.ops.bitmap import pack_positions
@@ -152,7 +153,8 @@ def ceilings() -> dict[str, float]:
     copy = microseconds([lambda: target.copy_(source)])
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = microseconds([lambda: a @ b])
-    return {"copy_TBps": 2 * source.nbytes / copy / 1e6, "bf16_TFLOPs": 2 * 8192**3 / product / 1e6}
+    read = read_bandwidth(source.device) / 1e12  # the floor of kernels that write next to nothing
+    return {"copy_TBps": 2 * source.nbytes / copy / 1e6, "read_TBps": read, "bf16_TFLOPs": 2 * 8192**3 / product / 1e6}
 
 
 def decode_sets(model: str, rows: int, slots: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor, float]]:
@@ -657,7 +659,7 @@ def measure_attention(report: dict) -> None:
     """Decode attention, window scores, and attention of a prefill beside them."""
     check(report)
     print(f"checked after {elapsed():.0f} s", flush=True)
-    report["decode"] = [decode_row(m, *size, report["copy_TBps"]) for m in MODELS for size in DECODE_SIZES]
+    report["decode"] = [decode_row(m, *size, report["read_TBps"]) for m in MODELS for size in DECODE_SIZES]
     print(f"decode after {elapsed():.0f} s", flush=True)
     report["scores"] = [scores_row(m, k, w) for m in MODELS for k in LENGTHS for w in WINDOWS]
     report["prefill"] = [prefill_attention(m, k) for m in MODELS for k in LENGTHS]
@@ -689,7 +691,7 @@ def measure_packed(report: dict) -> None:
     """Decode attention over codes, beside that over 16 bits."""
     report["packed_error"] = check_packed()
     print(f"packed checked after {elapsed():.0f} s", flush=True)
-    report["packed"] = [packed_row(*case, report["copy_TBps"]) for case in PACKED]
+    report["packed"] = [packed_row(*case, report["read_TBps"]) for case in PACKED]
     print(f"packed after {elapsed():.0f} s", flush=True)
 
 
@@ -711,7 +713,7 @@ def main() -> None:
     result = Result(arguments.out, unit="microseconds")
     report = result.data
     report |= ceilings()
-    print({name: round(report[name], 2) for name in ("copy_TBps", "bf16_TFLOPs")}, flush=True)
+    print({name: round(report[name], 2) for name in ("copy_TBps", "read_TBps", "bf16_TFLOPs")}, flush=True)
     for name, measure in PARTS.items():
         if arguments.only in (None, name):
             with result.attempt(name):
@@ -735,7 +737,10 @@ def main() -> None:
     report["seconds"] = elapsed()
     for name, found in report["sweeps"].items():
         print(name + ": " + "; ".join(f"{k} {v:.1f}" for k, v in sorted(found.items(), key=lambda item: item[1])))
-    print(f"{report['copy_TBps']:.2f} TB/s copied, {report['bf16_TFLOPs']:.0f} TFLOP/s, {elapsed():.0f} s in all")
+    rates = (
+        f"{report['copy_TBps']:.2f} TB/s copied, {report['read_TBps']:.2f} read, {report['bf16_TFLOPs']:.0f} TFLOP/s"
+    )
+    print(f"{rates}, {elapsed():.0f} s in all")
     result.finish("decode", "scores", "prefill", "echo", "eviction", "packing", "packed")
 
 

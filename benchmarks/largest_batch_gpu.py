@@ -37,7 +37,7 @@ import pyramidkv
 from pyramidkv.chunks import even_sizes
 from pyramidkv.cli.estimate import Estimate
 from pyramidkv.decode import compiled
-from pyramidkv.evaluate.speed import peak_bytes, reset_peak, synchronize
+from pyramidkv.evaluate.speed import peak_bytes, reset_peak, synchronize, wait_for_tokens
 from pyramidkv.models.device import free_bytes
 from pyramidkv.models.source import LoadedModel, load_model
 from pyramidkv.shape import cache_shape
@@ -75,7 +75,7 @@ class Clock(StoppingCriteria):
         self.ticks: list[float] = []
 
     def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
-        synchronize(input_ids.device)
+        wait_for_tokens(input_ids.device)
         self.ticks.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 

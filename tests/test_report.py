@@ -318,6 +318,20 @@ def test_engines_table_leaves_nothing_out() -> None:
     assert rows["DynamicCache"][5] == Cell("2.50 ms", "TPOT is 30x")
 
 
+def test_the_floor_says_what_it_was_divided_by() -> None:
+    old = default_records()
+    new = [dataclasses.replace(r, read_bytes_per_second=2.8e12) if isinstance(r, Speed) else r for r in old]
+    none = [dataclasses.replace(r, tpot_floor_seconds=None) if isinstance(r, Speed) else r for r in old]
+    notes = [engines_table(Results.from_records(records)).notes for records in (old, new, [*old[:8], *new[8:]], none)]
+    start = "Floor: (weight bytes + KV bytes) / "
+    by_read = "the rate at which the device read random numbers (2800 GB/s)"
+    by_copy = "the rate of a copy of ones, in older records"
+    assert [note[0] for note in notes[:3]] == [
+        f"{start}{by_copy}.", f"{start}{by_read}.", f"{start}{by_read}, or {by_copy}.",
+    ]  # fmt: skip
+    assert len(notes[3]) == 1
+
+
 def test_headline_is_computed() -> None:
     assert headline(Results.from_records(default_records())) == (
         "At 25.0% of the KV memory, PyramidKV changes perplexity by +10.5% [+4.9, +16.4] on wiki and "

@@ -290,7 +290,7 @@ def _recall(settings: Settings, loaded: LoadedModel, file: _File, progress: Prog
 def _speed(settings: Settings, loaded: LoadedModel, file: _File, progress: Progress) -> None:
     device: torch.device = loaded.model.device
     todo = [batch for batch in settings.batch if not file.has(f"speed at batch {batch}") and file.ranks.first]
-    bandwidth = speed.copy_bandwidth(device) if todo and device.type != "mps" else None
+    bandwidth = speed.read_bandwidth(device) if todo and device.type != "mps" else None
     for batch in todo:
         steps = speed.measure(
             loaded.model,

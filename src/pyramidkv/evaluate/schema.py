@@ -112,7 +112,8 @@ class Speed:
     tpot_seconds: Spread
     max_memory_bytes: int | None  # device peak on a GPU, peak resident set on a CPU; None where it can't be read
     weights_bytes: int
-    tpot_floor_seconds: float | None  # (weights + KV bytes read) / measured copy bandwidth
+    tpot_floor_seconds: float | None  # (weights + KV bytes) / the rate at which the device reads
+    read_bytes_per_second: float | None = None  # that rate; None with a floor: an older record, by a copy's rate
 
     @property
     def throughput_tokens_per_second(self) -> float:

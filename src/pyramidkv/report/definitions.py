@@ -34,8 +34,8 @@ DEFINITIONS: tuple[tuple[str, str], ...] = (
     ),
     (
         "Floor",
-        "The time in which a decode step's bytes (weights and KV cache) can be read at the device's measured copy "
-        "bandwidth: no decode step that reads them can be faster.",
+        "The time in which a decode step's bytes (weights and KV cache) can be read at the rate at which the device "
+        "sums up random numbers, measured in the same run: no decode step that reads them can be faster.",
     ),
     (
         "Baseline",

@@ -53,8 +53,23 @@ def engines_table(results: Results) -> Table:
     """One line for each engine, batch and prompt length as measured: nothing is chosen here."""
     columns = ("Engine", "Method", "KV cache", "Max memory", "TTFT", "TPOT", "Floor of TPOT", "Throughput")
     rows = tuple(_engine_row(results, row) for workload in results.workloads for row in results.speed_rows(workload))
-    notes = "Floor: (weight bytes + KV bytes read) / measured copy bandwidth. Times: median with min-max."
-    return Table("All engines", columns, rows, (notes,))
+    return Table("All engines", columns, rows, (*_floor_note(results), "Times: median with min-max."))
+
+
+def _floor_note(results: Results) -> tuple[str, ...]:
+    """By which rates the floors of a table were divided; nothing where there are none."""
+    rows = [row for workload in results.workloads for row in results.speed_rows(workload) if row.tpot_floor_seconds]
+    rates = sorted({row.read_bytes_per_second for row in rows if row.read_bytes_per_second is not None})
+    by = []
+    if rates:
+        by.append(f"the rate at which the device read random numbers ({', '.join(_rate(r) for r in rates)})")
+    if any(row.read_bytes_per_second is None for row in rows):
+        by.append("the rate of a copy of ones, in older records")
+    return (f"Floor: (weight bytes + KV bytes) / {', or '.join(by)}.",) if by else ()
+
+
+def _rate(bytes_per_second: float) -> str:
+    return f"{significant(bytes_per_second / 1e9)} GB/s"
 
 
 def task_label(results: Results, task: Task) -> str:
