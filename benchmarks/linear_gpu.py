@@ -1,0 +1,379 @@
+"""Products of a few rows with a model's weights, beside cuBLAS: right, and how near to the memory's rate?
+
+    python benchmarks/linear_gpu.py --out linear.json [--rows 1 8 16] [--seconds 130]
+
+Every time is that of a CUDA graph that walks through different weights, 400 MB or more of random numbers, so that none
+is in the L2 cache; graphs are replayed in turn. Order: correctness, each product in the chosen tiles and in others
+beside cuBLAS, then all products of a model, one after the other, and in a chain with the norms and activations of its
+layers (attention left out). Other processes fill Triton's cache with the tiles beforehand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional
+
+from pyramidkv.ops.linear import naive
+from pyramidkv.ops.linear import triton as kernel
+from pyramidkv.ops.linear.triton import Blocks
+
+BEGAN = time.perf_counter()
+BYTES = 400e6  # of different weights in a graph
+WORKERS = 8
+LAYERS = 32
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass
+class Model:
+    name: str
+    dtype: torch.dtype
+    bias: bool
+    shapes: dict[str, tuple[int, int]]  # outputs, channels
+    head: tuple[int, int]
+    weights: dict[str, list[tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
+
+    def fill(self, least: int = LAYERS) -> None:
+        """Random weights; at least so many of each product."""
+        for name, shape in (*self.shapes.items(), ("logits", self.head)):
+            size = shape[0] * shape[1] * 2
+            count = max(least if name != "logits" else 1, 1 if least == 1 else int(BYTES // size) + 1)
+            self.weights[name] = [
+                (
+                    torch.randn(shape, device="cuda", dtype=self.dtype) * shape[1] ** -0.5,
+                    torch.randn(shape[0], device="cuda", dtype=self.dtype) if self.bias and name != "logits" else None,
+                )
+                for _ in range(count)
+            ]
+
+
+PYTHIA = Model(
+    "pythia-2.8b", torch.float16, True,
+    {"qkv": (7680, 2560), "dense": (2560, 2560), "up": (10240, 2560), "down": (2560, 10240)}, (50304, 2560),
+)  # fmt: skip
+LLAMA = Model(
+    "llama-8b", torch.bfloat16, False,
+    {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096), "gate": (14336, 4096),
+     "up": (14336, 4096), "down": (4096, 14336)}, (128256, 4096),
+)  # fmt: skip
+MODELS = (PYTHIA, LLAMA)
+
+
+def dot(rows: int, wide: int, ahead: int, splits: int, *, last: bool = False, overlap: bool = True) -> Blocks:
+    return Blocks(rows, 4 if rows >= 64 else 2, ahead, True, wide, splits, overlap, last)
+
+
+# One row: rows, warps, ahead.
+VECTORS = {
+    2560: [(4, 2, 5), (2, 2, 5), (8, 2, 2), (1, 2, 5), (4, 1, 10), (8, 2, 5)],
+    10240: [(4, 8, 5), (2, 4, 10), (2, 8, 5), (1, 4, 10), (1, 8, 5), (4, 4, 3)],
+    4096: [(4, 4, 4), (2, 4, 4), (8, 4, 2), (4, 2, 8), (2, 2, 8), (1, 4, 4)],
+    14336: [(2, 8, 7), (1, 8, 7), (4, 8, 3), (1, 4, 14), (4, 8, 7)],
+}
+# Several rows: rows, channels a step, steps ahead, splits.
+DOTS = {
+    (7680, 2560): [(64, 128, 4, 2), (64, 128, 4, 1), (64, 128, 3, 2), (64, 128, 6, 1), (64, 128, 3, 4),
+     (32, 128, 4, 1)],
+    (2560, 2560): [(64, 128, 4, 4), (64, 128, 4, 5), (64, 128, 3, 7), (64, 128, 4, 3), (32, 128, 4, 2),
+     (32, 128, 4, 3)],
+    (10240, 2560): [(64, 128, 4, 1), (64, 128, 4, 2), (64, 128, 3, 2), (64, 128, 6, 1), (64, 128, 2, 2),
+     (32, 128, 4, 1)],
+    (2560, 10240): [(64, 128, 4, 4), (64, 128, 4, 6), (64, 128, 3, 8), (64, 128, 6, 3), (32, 128, 4, 3),
+     (64, 256, 2, 5)],
+    (50304, 2560): [(64, 128, 4, 1), (64, 128, 3, 1), (64, 128, 2, 1), (128, 64, 4, 1), (128, 128, 2, 1)],
+    (4096, 4096): [(64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 3, 6), (64, 128, 6, 2), (32, 128, 4, 2)],
+    (1024, 4096): [(64, 128, 4, 8), (64, 128, 4, 16), (32, 128, 4, 4), (32, 128, 4, 8)],
+    (14336, 4096): [(64, 128, 4, 1), (64, 128, 3, 1), (64, 128, 6, 1), (64, 128, 3, 2), (32, 128, 4, 1)],
+    (4096, 14336): [(64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 3, 6), (64, 128, 6, 2), (32, 128, 4, 2)],
+    (128256, 4096): [(64, 128, 4, 1), (64, 128, 3, 1), (128, 64, 4, 1)],
+}  # fmt: skip
+
+
+def variants(rows: int, outputs: int, channels: int) -> dict[str, Blocks]:
+    """The tiles to try, the chosen ones first."""
+    chosen = kernel.choose(rows, outputs, channels, True)
+    found = {"chosen": chosen, "one after the other": dataclasses.replace(chosen, overlap=False)}
+    if rows == 1:
+        for r, warps, ahead in VECTORS[channels]:
+            found[f"{r} rows, {warps} warps, {ahead} ahead"] = Blocks(r, warps, ahead, overlap=True)
+        r, wide, ahead, splits = DOTS[outputs, channels][0]
+        found[f"dot {r} x {wide}, {ahead} ahead, {splits} splits"] = dot(r, wide, ahead, splits)
+        return found
+    for r, wide, ahead, splits in DOTS[outputs, channels]:
+        found[f"{r} x {wide}, {ahead} ahead, {splits} splits"] = dot(r, wide, ahead, splits)
+    r, wide, ahead, splits = DOTS[outputs, channels][0]
+    if splits > 1:
+        found["chosen, last adds"] = dataclasses.replace(chosen, last=True)
+    return found
+
+
+def products(model: Model) -> dict[str, tuple[int, int]]:
+    """One of each shape."""
+    seen: dict[tuple[int, int], str] = {}
+    for name, shape in (*model.shapes.items(), ("logits", model.head)):
+        seen.setdefault(shape, name)
+    return {name: shape for shape, name in seen.items()}
+
+
+def elapsed() -> float:
+    return time.perf_counter() - BEGAN
+
+
+def ours(blocks: Blocks | None = None) -> Product:
+    return lambda x, weight, bias: kernel.linear(x, weight, bias, blocks=blocks)
+
+
+def recorded(work: Callable[[], object]) -> Callable[[], None]:
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def in_turn(works: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, list[float]]:
+    """Microseconds of each replay of each graph, the graphs replayed in turn; the first two rounds left out."""
+    graphs: dict[str, Callable[[], None]] = {}
+    for name, work in works.items():
+        try:
+            graphs[name] = recorded(work)
+        except Exception as error:
+            torch.cuda.synchronize()
+            print(f"  {name} failed: {type(error).__name__}: {str(error).splitlines()[0][:150]}", flush=True)
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for i in range(rounds + 2):
+        events = []
+        for name, replay in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            replay()
+            end.record()
+            events.append((name, begin, end))
+        torch.cuda.synchronize()
+        if i >= 2:
+            for name, begin, end in events:
+                times[name].append(begin.elapsed_time(end) * 1e3)
+    return times
+
+
+def summary(times: list[float], share: float, size: float) -> dict[str, float]:
+    """Of one product of `share` in a graph: microseconds and the rate at which a weight of `size` bytes was read."""
+    median = statistics.median(times) * share
+    return {
+        "us": median, "us_low": min(times) * share, "us_high": max(times) * share, "TBps": size / median / 1e6,
+    }  # fmt: skip
+
+
+def check(model: Model, rows: int) -> dict[str, float]:
+    """Relative errors against float64, those of cuBLAS and naive beside; three runs must agree to the last bit."""
+    found = {}
+    for name, (outputs, channels) in products(model).items():
+        weight, bias = model.weights[name][0]
+        x = torch.randn(rows, channels, device="cuda", dtype=model.dtype)
+        exact = naive_in_double(x, weight, bias)
+
+        def error(out: Tensor, exact: Tensor = exact) -> float:
+            return ((out.double() - exact).norm() / exact.norm()).item()
+
+        worst = 0.0
+        for kind, blocks in variants(rows, outputs, channels).items():
+            try:
+                runs = [kernel.linear(x, weight, bias, blocks=blocks) for _ in range(3)]
+            except Exception as problem:
+                print(f"  {name} {kind}: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
+                continue
+            apart = error(runs[0])
+            if not apart < 1e-2 or not all(torch.equal(runs[0], run) for run in runs):
+                print(f"  {name} {kind}: {apart:.2e}, runs agree: {torch.equal(runs[0], runs[1])}: WRONG", flush=True)
+            worst = max(worst, apart, key=lambda e: (e != e, e))
+        found[name] = worst
+        cublas, plain = error(functional.linear(x, weight, bias)), error(naive.linear(x, weight, bias))
+        print(f"check {model.name} {rows} {name}: {worst:.2e} (cuBLAS {cublas:.2e}, naive {plain:.2e})", flush=True)
+    return found
+
+
+def naive_in_double(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = x.double() @ weight.double().T
+    return out if bias is None else out + bias.double()
+
+
+def sweep(model: Model, rows: int, seconds: float) -> dict[str, dict[str, dict[str, float]]]:
+    found = {}
+    for name, (outputs, channels) in products(model).items():
+        if elapsed() > seconds:
+            break
+        weights = model.weights[name]
+        size = outputs * channels * 2
+        weights = weights[: int(BYTES // size) + 1]
+        passes = max(1, round(1.2e9 / (size * len(weights))))
+        x = torch.randn(rows, channels, device="cuda", dtype=model.dtype)
+
+        def walk(
+            product: Product, x: Tensor = x, weights: list[tuple[Tensor, Tensor | None]] = weights, passes: int = passes
+        ) -> Callable[[], None]:
+            def work() -> None:
+                for _ in range(passes):
+                    for weight, bias in weights:
+                        product(x, weight, bias)
+
+            return work
+
+        works = {"cuBLAS": walk(functional.linear)}
+        works |= {kind: walk(ours(blocks)) for kind, blocks in variants(rows, outputs, channels).items()}
+        share = 1 / (passes * len(weights))
+        found[name] = {kind: summary(times, share, size) for kind, times in in_turn(works).items()}
+        chosen = variants(rows, outputs, channels)["chosen"]
+        print(f"\n{model.name}, {rows} rows, {name} ({outputs}, {channels}), chosen: {chosen}")
+        for kind, row in sorted(found[name].items(), key=lambda item: item[1]["us"]):
+            print(f"  {row['us']:7.2f} us [{row['us_low']:.2f}-{row['us_high']:.2f}]  {row['TBps']:.2f} TB/s  {kind}")
+        sys.stdout.flush()
+    return found
+
+
+def chain(model: Model, x: Tensor, product: Product, products_only: bool) -> Tensor:
+    """All products of a forward; `products_only`: of inputs that are there, else each of what the one before made."""
+    of = model.weights
+    norm = functional.layer_norm if model.bias else functional.rms_norm
+    hidden = x.shape[1]
+    wide = torch.empty(x.shape[0], model.shapes["up"][0], device="cuda", dtype=x.dtype).normal_()
+    h = x
+    for i in range(LAYERS):
+        if products_only:
+            for name, (_, channels) in model.shapes.items():
+                product(x if channels == hidden else wide, *of[name][i])
+            continue
+        a = norm(h, (hidden,))
+        if model.bias:
+            made = product(a, *of["qkv"][i])[:, :hidden]
+            o = product(made, *of["dense"][i])
+            m = product(functional.gelu(product(norm(h, (hidden,)), *of["up"][i])), *of["down"][i])
+            h = h + o + m
+        else:
+            q, _, _ = (product(a, *of[name][i]) for name in "qkv")
+            h = h + product(q, *of["o"][i])
+            a = norm(h, (hidden,))
+            gate, up = (product(a, *of[name][i]) for name in ("gate", "up"))
+            h = h + product(functional.silu(gate) * up, *of["down"][i])
+    return product(h, *of["logits"][0])
+
+
+def whole(model: Model, rows: int) -> dict[str, dict[str, float]]:
+    hidden = model.head[1]
+    x = torch.randn(rows, hidden, device="cuda", dtype=model.dtype)
+    size = 2 * (LAYERS * sum(n * k for n, k in model.shapes.values()) + model.head[0] * hidden)
+
+    def alone(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        blocks = kernel.choose(x.shape[0], weight.shape[0], weight.shape[1], False)
+        return kernel.linear(x, weight, bias, blocks=blocks)
+
+    works = {
+        f"{kind}: {name}": (lambda p=product, only=only: chain(model, x, p, only))
+        for kind, only in (("products", True), ("chain", False))
+        for name, product in (("cuBLAS", functional.linear), ("one after the other", alone), ("overlap", ours()))
+    }
+    found = {name: summary(times, 1.0, size) for name, times in in_turn(works).items()}
+    print(f"\n{model.name}, {rows} rows, all products of {LAYERS} layers and the logits, {size / 1e9:.2f} GB")
+    for name, row in found.items():
+        spread = f"[{row['us_low'] / 1e3:.3f}-{row['us_high'] / 1e3:.3f}]"
+        print(f"  {row['us'] / 1e3:6.3f} ms {spread}  {row['TBps']:.2f} TB/s  {name}")
+    sys.stdout.flush()
+    return found
+
+
+def rates() -> dict[str, float]:
+    """TB/s of a copy and of a sum, over random numbers."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    times = in_turn({"copy": lambda: target.copy_(source), "read": lambda: source.view(-1, 1 << 20).sum(1)})
+    size = {"copy": 2 * source.nbytes, "read": source.nbytes}
+    return {f"{name}_TBps": size[name] / statistics.median(t) / 1e6 for name, t in times.items()}
+
+
+def compile_share(rows: list[int], names: list[str], which: int) -> None:
+    """Run every WORKERSth of all tiles once, so that Triton's cache has them."""
+    torch.set_grad_enabled(False)
+    todo = [
+        (model, m, shape, name != "logits", blocks)
+        for model in MODELS
+        if model.name in names
+        for m in rows
+        for name, shape in products(model).items()
+        for blocks in variants(m, *shape).values()
+    ]
+    for model, m, (outputs, channels), biased, blocks in todo[which::WORKERS]:
+        x = torch.zeros(m, channels, device="cuda", dtype=model.dtype)
+        weight = torch.zeros(outputs, channels, device="cuda", dtype=model.dtype)
+        bias = torch.zeros(outputs, device="cuda", dtype=model.dtype) if biased and model.bias else None
+        try:
+            kernel.linear(x, weight, bias, blocks=blocks)
+        except Exception as error:
+            print(f"  {blocks}: {type(error).__name__}: {str(error).splitlines()[0][:150]}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "linear.json")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--models", nargs="+", default=[m.name for m in MODELS], choices=[m.name for m in MODELS])
+    parser.add_argument("--seconds", type=float, default=130, help="when to stop trying other tiles")
+    parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.compile is not None:
+        compile_share(arguments.rows, arguments.models, arguments.compile)
+        return
+    torch.set_grad_enabled(False)
+    again = [sys.executable, *sys.argv]
+    workers = [subprocess.Popen([*again, "--compile", str(i)]) for i in range(WORKERS)]
+    for worker in workers:
+        worker.wait()
+    print(f"compiled after {elapsed():.0f} s", flush=True)
+    report: dict = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "weights": "random numbers",
+    }
+    try:
+        report |= rates()
+        print({name: round(report[name], 2) for name in ("copy_TBps", "read_TBps")}, flush=True)
+        for model in MODELS:
+            if model.name not in arguments.models:
+                continue
+            model.fill()
+            print(f"{model.name} filled after {elapsed():.0f} s", flush=True)
+            mine = report[model.name] = {}
+            for rows in arguments.rows:
+                mine[str(rows)] = {"relative_error": check(model, rows)}
+            for rows in arguments.rows:
+                mine[str(rows)]["whole"] = whole(model, rows)
+            for rows in arguments.rows[:2]:
+                mine[str(rows)]["sweep"] = sweep(model, rows, arguments.seconds)
+            model.weights.clear()
+            torch.cuda.empty_cache()
+    finally:
+        report["seconds"] = elapsed()
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{elapsed():.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
