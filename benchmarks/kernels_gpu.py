@@ -30,7 +30,6 @@ from pyramidkv.ops.decode_attention import naive as decode_naive
 from pyramidkv.ops.decode_attention import triton as decode
 from pyramidkv.ops.heads import naive as heads_naive
 from pyramidkv.ops.heads import triton as sharing
-from pyramidkv.ops.heads import why_naive as heads_why_naive
 from pyramidkv.ops.packed_attention import naive as packed_naive
 from pyramidkv.ops.packed_attention import triton as packed
 from pyramidkv.ops.packing import naive as packing_naive
@@ -94,6 +93,10 @@ SWEEP_SELECT = {  # block, warps, step
     ],
     32768: [(32768, 32), (32768, 32, 4096), (8192, 32), (16384, 32), (4096, 16), (8192, 16)],
 }  # fmt: skip
+SWEEP_LIMITS = [  # slots, part, warps, registers
+    (512, 32, 8, 128), (256, 32, 8, 0), (512, 16, 8, 0), (1024, 16, 8, 128), (512, 32, 4, 0), (256, 32, 4, 0),
+    (256, 16, 4, 0), (1024, 8, 8, 0),
+]  # fmt: skip
 SWEEP_COMPACT = [  # rows, warps, halves
     (64, 4), (32, 4), (32, 2), (64, 8), (16, 2), (16, 1), (128, 8), (128, 4), (64, 4, False), (32, 4, False),
 ]  # fmt: skip
@@ -334,11 +337,13 @@ def check_eviction() -> dict[str, bool]:
                     recent=RECENT, valid=None if real is None else real.cpu(), finite=True,
                 )  # fmt: skip
                 found["select"] = found.get("select", True) and torch.equal(got.cpu(), expected)
-        marked = select_naive.mark(marks * torch.rand(heads, 1, device="cuda"), recent=RECENT, finite=True)
-        for scored in (marked, (marked * 1e4).round()) if heads_why_naive(marks) is None else ():
-            got = sharing.head_limits(scored, [kept], [slots], RECENT)
-            expected = heads_naive.head_limits(scored.cpu(), [kept], [slots], RECENT)
-            found["head limits"] = found.get("head limits", True) and torch.equal(got.cpu(), expected)
+        lopsided = marks * torch.rand(heads, 1, device="cuda")
+        for scored in (lopsided, (lopsided * 1e4).round()):
+            for real in (None, valid):
+                got = sharing.head_limits(scored, [kept], [slots], RECENT, real)
+                real = None if real is None else real.cpu()
+                expected = heads_naive.head_limits(scored.cpu(), [kept], [slots], RECENT, real)
+                found["head limits"] = found.get("head limits", True) and torch.equal(got.cpu(), expected)
         index = index.clone()
         index[..., :5] = -1
         expected_targets = tuple(t.clone() for t in targets)
@@ -367,13 +372,9 @@ def eviction_row(model: str, rows: int, slots: int, kept: int, bandwidth: float)
         chosen = selection.select(scored, limits, kept, recent=RECENT, finite=True)
         compaction.compact(sources, chosen, targets)
 
-    marked = [select_naive.mark(s[0], recent=RECENT, finite=True) for s in sets]
-    facts = heads_naive.row_facts(marks.shape[1], limits, [slots] * rows, RECENT, marks.device)
-    shared = heads_why_naive(marks) is None
     return {
         "model": model, "rows": rows, "slots": slots, "kept": kept,
-        "limits": microseconds([lambda m=m: sharing.hand_out(m, facts, RECENT) for m in marked]) if shared else None,
-        "torch sort": microseconds([lambda m=m: m.sort(dim=-1, descending=True) for m in marked]),
+        "limits": microseconds([lambda s=s: sharing.head_limits(s[0], limits, [slots] * rows, RECENT) for s in sets]),
         "select floor": (marks.nbytes + index.nbytes) / bandwidth / 1e6,
         "select": microseconds(
             [lambda s=s: selection.select(s[0], limits, kept, recent=RECENT, finite=True) for s in sets]
@@ -398,6 +399,17 @@ def select_sweep(model: str, rows: int, slots: int, kept: int, seconds: float) -
                 lambda s=s, p=plan: selection.select(s[0], [kept] * rows, kept, recent=RECENT, finite=True, blocks=p)
                 for s in sets
             ]
+            found[str(options)] = microseconds(calls)
+    return found
+
+
+def limits_sweep(model: str, rows: int, slots: int, kept: int, seconds: float) -> dict[str, float]:
+    sets = eviction_sets(model, rows, slots, kept)
+    found: dict[str, float] = {}
+    for options in SWEEP_LIMITS:
+        if elapsed() < seconds:
+            plan = sharing.Blocks(*options)
+            calls = [lambda s=s, p=plan: sharing.head_limits(s[0], [kept], [slots], RECENT, blocks=p) for s in sets]
             found[str(options)] = microseconds(calls)
     return found
 
@@ -650,8 +662,8 @@ def prefill_attention(model: str, keys: int) -> dict:
 
 
 SWEEPS = {
-    "decode": decode_sweep, "scores": scores_sweep, "select": select_sweep, "compact": compact_sweep,
-    "packed": packed_sweep, "echo": echo_sweep,
+    "decode": decode_sweep, "scores": scores_sweep, "select": select_sweep, "limits": limits_sweep,
+    "compact": compact_sweep, "packed": packed_sweep, "echo": echo_sweep,
 }  # fmt: skip
 
 
@@ -699,7 +711,9 @@ PARTS = {
     "eviction": measure_eviction, "echo": measure_echo, "attention": measure_attention, "packing": measure_packing,
     "packed": measure_packed,
 }  # fmt: skip
-SWEPT = {"select": "eviction", "compact": "eviction", "packed": "packed", "echo": "echo"}  # the others: attention
+SWEPT = {  # the others: attention
+    "select": "eviction", "limits": "eviction", "compact": "eviction", "packed": "packed", "echo": "echo",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -722,6 +736,7 @@ def main() -> None:
     report["sweeps"] = {}
     for model, kind, *size in (
         *((model, "echo", tokens) for model, tokens in ECHOES[:2]),
+        ("pythia-2.8b", "limits", 1, 6144, 1536), ("llama-8b", "limits", 1, 32768, 8192),
         ("pythia-2.8b", "select", 1, 6144, 1536), ("pythia-2.8b", "compact", 1, 6144, 1536),
         ("pythia-2.8b", "select", 8, 6144, 1536), ("llama-8b", "select", 1, 32768, 8192),
         ("llama-8b", "compact", 1, 32768, 8192),

@@ -1,5 +1,7 @@
 """Budgets of heads, against a loop that hands out pages one by one; and caches whose heads keep unequal numbers."""
 
+import struct
+
 import pytest
 import torch
 
@@ -16,25 +18,26 @@ RECENT = 5
 
 
 def scores_of(rows, heads, slots, available):
-    """Random scores, different from head to head; rows with fewer tokens begin with empty slots."""
+    """Random scores, different from head to head; and which slots are valid: of each row, the last `available`."""
     scores = torch.rand(rows, heads, slots, generator=torch.Generator().manual_seed(0)) ** 4
     scores = scores * torch.arange(1, heads + 1)[:, None]
-    scores[..., slots - RECENT :] = float("inf")
-    for row, most in enumerate(available):
-        scores[row, :, : slots - most] = float("-inf")
-    return scores
+    return scores, torch.arange(slots) >= slots - torch.tensor(available)[:, None]
+
+
+def shortened(score):
+    """The first 16 bits of a float32 number, as bfloat16 without rounding."""
+    return struct.unpack(">f", struct.pack(">f", score)[:2] + bytes(2))[0]
 
 
 def by_hand(scores, share, available):
-    """Slots of each head of one row, (H, K) scores."""
+    """Slots of each head of one row, (H, K) scores, of which the last `available` are valid."""
     heads = len(scores)
     if share >= available:
         return [available] * heads
-    old = [sorted((s for s in row.tolist() if abs(s) < float("inf")), reverse=True) for row in scores]
+    old = [sorted(row[-available:][:-RECENT].tolist(), reverse=True) for row in scores]
     pages = [int(FLOOR * (share - RECENT)) // 64] * heads
     while sum(pages) < heads * (share - RECENT) // 64:
-        nexts = [row[64 * p : 64 * p + 64] for row, p in zip(old, pages, strict=True)]
-        worth = [sum(n) / len(n) if n else -1.0 for n in nexts]
+        worth = [shortened(row[64 * p]) if 64 * p < len(row) else -1.0 for row, p in zip(old, pages, strict=True)]
         pages[worth.index(max(worth))] += 1
     return [min(RECENT + 64 * p, available) for p in pages]
 
@@ -44,9 +47,9 @@ def by_hand(scores, share, available):
 def test_pages_go_where_scores_are_highest(heads, share):
     available = [700, 333, 90, 4]
     shares = [min(share, most) for most in available]
-    counts = head_limits(scores_of(4, heads, 700, available), shares, available, RECENT)
+    scores, valid = scores_of(4, heads, 700, available)
+    counts = head_limits(scores, shares, available, RECENT, valid)
     assert counts.dtype == torch.int32
-    scores = scores_of(4, heads, 700, available)
     expected = [by_hand(row, s, a) for row, s, a in zip(scores, shares, available, strict=True)]
     assert counts.tolist() == expected
     for row, s, a in zip(counts.tolist(), shares, available, strict=True):
@@ -57,14 +60,13 @@ def test_pages_go_where_scores_are_highest(heads, share):
 def test_one_head_can_take_most():
     scores = torch.rand(1, 4, 1000, generator=torch.Generator().manual_seed(1))
     scores[:, 2] += 10
-    scores[..., -5:] = float("inf")
     counts = head_limits(scores, [325], [1000], 5)[0].tolist()
-    assert counts == [69, 133, 1000, 69]  # 20 pages: one each as floor, 15 more fill the third head, one is left
+    assert counts == [133, 69, 1000, 69]  # 20 pages: one each as floor, 15 more fill the third head, one is left
 
 
 def test_equal_scores_go_to_the_earlier_head():
     scores = torch.ones(1, 3, 300)
-    scores[..., -1] = float("inf")
+    scores[:, 0] += 2**-8  # no difference in 16 bits
     assert head_limits(scores, [129], [300], 1).tolist() == [[300, 65, 1]]
 
 
@@ -130,7 +132,9 @@ def test_a_row_is_the_same_alone_and_its_bytes_are_planned(name, bits):
         torch.testing.assert_close(together[own], alone, rtol=1e-4, atol=near)
         for x, y in zip(many.layers, one.layers, strict=True):
             if isinstance(x, PyramidKVLayer):
-                assert all(kept(x, row, h) == kept(y, 0, h) for h in range(x.storage.positions.shape[1]))
+                for head in range(x.storage.positions.shape[1]):
+                    other = set(kept(x, row, head)) ^ set(kept(y, 0, head))
+                    assert len(other) <= (0 if bits == 16 else 2)  # such a number may change which slot is the last
         plan = Plan(one.config, cache_shape(plain.config))
         planned = plan._bytes_of(plan.budgets(length, itemsize=4), length, 1, 4)
         assert sum(held) == planned

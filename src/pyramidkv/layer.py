@@ -7,6 +7,7 @@ query, evicts: the layer then holds no more than its budget. Scores, budgets and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,6 @@ from pyramidkv.ops.decode_attention import decode_attention, why_naive
 from pyramidkv.ops.heads import head_limits
 from pyramidkv.ops.packed_attention import packed_attention
 from pyramidkv.ops.select import select
-from pyramidkv.ops.select.naive import mark
 from pyramidkv.ops.valid import joined
 from pyramidkv.packed import PackedStorage
 from pyramidkv.parallel import first_head
@@ -472,12 +472,11 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
                     f"method={self.plan.config.method!r}: score() returned {tuple(scores.shape)}; "
                     f"it must be (B, Hkv, K), here {tuple(positions.shape)}"
                 )
-        recent = self.plan.config.recent
-        if self.plan.config.heads == "uniform":
-            return select(scores, self.held, max(self.held), recent=recent, valid=valid, finite=True)
-        scores = mark(scores, recent=recent, valid=valid, finite=True)
-        each = head_limits(scores, self.held, available, recent)
-        return select(scores, each, scores.shape[2])
+        recent, width = self.plan.config.recent, max(self.held)
+        may: Sequence[int] | Tensor = self.held
+        if self.plan.config.heads == "adaptive":
+            may, width = head_limits(scores, self.held, available, recent, valid), scores.shape[2]
+        return select(scores, may, width, recent=recent, valid=valid, finite=True)
 
     def _stored_as(self, like: Tensor) -> torch.dtype:
         name = self.plan.config.kv_dtype

@@ -1,14 +1,17 @@
-"""The same as `naive.py` in two launches: what each page of each head is worth, and who gets which.
+"""The same as `naive.py`, without a sort: the score of the last page handed out is found digit by digit.
 
-A program sorts the scores of a head in its registers. Another hands out the pages of a row without a sort: it finds the
-last one's worth by bisection, as selection does (`ops/select`).
+How many pages a head would have if all slots from some score on were kept, its best page and so on, follows from how
+many slots score that much. So one launch counts the slots of each head at or above 256 thresholds, the upper 8 of the
+16 bits of a score; the next counts them at 256 thresholds between the two where the pages of the row run out; a third
+hands out the pages. A program counts for some of the thresholds, so that there are enough programs for the device.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-# ruff: noqa: N803, N806
+# ruff: noqa: N803, SIM108
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,89 +20,149 @@ from torch import Tensor
 
 from pyramidkv.ops.heads.naive import row_facts
 from pyramidkv.ops.kernels import dense, power_of_two
-from pyramidkv.ops.quantize import PAGE
+from pyramidkv.ops.select.triton import _ALWAYS, _NEVER, _keys, _newest
+from pyramidkv.ops.valid import by_head
 
-_NEVER = tl.constexpr(-2139095041)  # of -inf
-_ALWAYS = tl.constexpr(2139095040)  # of +inf
-_LEAST = tl.constexpr(torch.finfo(torch.float32).min)
+_DIGITS = tl.constexpr(256)
 
 
-@triton.jit(do_not_specialize=["slots"])
-def worth_kernel(scores, worth, held, ssb, ssh, heads, slots, BLOCK: tl.constexpr):
-    """(B * H,) programs: the mean of a head's best 64 slots, of the next 64, ...; and how many it holds."""
+@dataclass(frozen=True)
+class Blocks:
+    """What a program counts."""
+
+    slots: int = 512  # at once
+    part: int = 32  # of the thresholds
+    warps: int = 8
+    registers: int = 128  # most that a thread may have, so that two programs run at once; 0: no limit
+
+    def options(self) -> dict[str, int]:
+        """For the launch."""
+        return {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
+
+
+@triton.jit
+def _facts(facts, row, own, pages, everything, EACH: tl.constexpr):
+    """What `row_facts` says of a row."""
+    if EACH:
+        own = tl.load(facts + row * 3)
+        pages = tl.load(facts + row * 3 + 1)
+        everything = tl.load(facts + row * 3 + 2)
+    return own, pages, everything
+
+
+@triton.jit
+def _filled(slots, own):
+    """Pages of a head whose best `slots` slots are kept."""
+    return tl.maximum((slots + 63) // 64, own)
+
+
+@triton.jit
+def _digit(counts, row, heads, own, pages, HEADS: tl.constexpr):
+    """The last of the thresholds at which the heads of a row fill all its pages; the first if they never do."""
+    lane = tl.arange(0, _DIGITS)
+    total = tl.zeros([_DIGITS], tl.int32)
+    for first in range(0, heads, HEADS):
+        head = first + tl.arange(0, HEADS)
+        there = (head < heads)[:, None] & (lane >= 0)[None, :]
+        slots = tl.load(counts + (row * heads + head)[:, None] * _DIGITS + lane[None, :], mask=there, other=0)
+        total += tl.sum(tl.where(there, _filled(slots, own), 0), 0)
+    return tl.maximum(tl.sum((total >= pages).to(tl.int32), 0) - 1, 0)
+
+
+@triton.jit(do_not_specialize=["slots", "newest", "own", "pages", "everything"])
+def count_kernel(
+    scores, valid, facts, coarse, counts, held, ssb, ssh, svb, svh, heads, slots, newest, own, pages, everything,
+    BLOCK: tl.constexpr, PART: tl.constexpr, HEADS: tl.constexpr, TAIL: tl.constexpr, FINE: tl.constexpr,
+    HAS_VALID: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """(B * H, 256 / PART) programs: slots of a head at or above some thresholds, and how many it holds."""
     program = tl.program_id(0).to(tl.int64)
-    PAGES: tl.constexpr = BLOCK // 64
-    slot = tl.arange(0, BLOCK)
-    scores += program // heads * ssb + program % heads * ssh
-    x = tl.load(scores + slot, mask=slot < slots, other=float("-inf"))
-    tl.store(held + program, tl.sum((x > float("-inf")).to(tl.int32), 0))
-    x = tl.sort(tl.where(x == float("inf"), float("-inf"), x), descending=True)
-    x = tl.reshape(x, [PAGES, 64])
-    real = x > float("-inf")
-    count = tl.sum(real.to(tl.int32), 1)
-    x = tl.where(real, x, 0.0)
-    for half in tl.static_range(6):  # in an order that does not depend on the tile: the first half and the second
-        x = tl.sum(tl.reshape(x, [PAGES, 2, 32 >> half]), 1)
-    mean = tl.div_rn(tl.reshape(x, [PAGES]), tl.maximum(count, 1).to(tl.float32))
-    mean = tl.where(count > 0, tl.maximum(mean, _LEAST), float("-inf"))
-    tl.store(worth + program * PAGES + tl.arange(0, PAGES), mean)
+    row, head = program // heads, program % heads
+    lane = tl.program_id(1) * PART + tl.arange(0, PART)
+    own, pages, everything = _facts(facts, row, own, pages, everything, EACH)
+    if FINE:
+        threshold = (_digit(coarse, row, heads, own, pages, HEADS) - 128) * 256 + lane
+    else:
+        threshold = lane - 128
+    scores += row * ssb + head * ssh
+    valid += row * svb + head * svh
+    if HAS_VALID:
+        newest = _newest(valid, slots, newest, TAIL)
+    above = tl.zeros([PART, BLOCK], tl.int32)
+    real = tl.zeros([BLOCK], tl.int32)
+    for block in range(0, slots, BLOCK):
+        key = _keys(scores, valid, block, slots, newest, BLOCK, HAS_VALID, True)
+        real += (key > _NEVER).to(tl.int32)
+        key = tl.where(key == _ALWAYS, _NEVER, key)  # the newest are in no page
+        digits = key >> 16 if FINE else key >> 24
+        above += ((digits[None, :] >= threshold[:, None]) & (key > _NEVER)[None, :]).to(tl.int32)
+    tl.store(counts + program * _DIGITS + lane, tl.sum(above, 1))
+    if (not FINE) and tl.program_id(1) == 0:
+        tl.store(held + program, tl.sum(real, 0))
 
 
-@triton.jit(do_not_specialize=["recent"])
-def share_kernel(worth, held, facts, limits, rows, heads, recent, HEADS: tl.constexpr, PAGES: tl.constexpr):
-    """(B,) programs: the best pages of a row, equal ones in the order of its heads."""
+@triton.jit(do_not_specialize=["recent", "own", "pages", "everything"])
+def share_kernel(
+    coarse, fine, held, facts, limits, heads, recent, own, pages, everything,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """(B,) programs: slots of each head."""
     row = tl.program_id(0).to(tl.int64)
-    own = tl.load(facts + row)
-    total = tl.load(facts + rows + row)
-    everything = tl.load(facts + 2 * rows + row)
-    lane = tl.arange(0, HEADS * PAGES)
-    others = (lane < heads * PAGES) & (lane % PAGES >= own)
-    bits = tl.load(worth + row * heads * PAGES + lane, mask=others, other=float("-inf")).to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the numbers
-    key = tl.where(key == -1, 0, key)  # -0.0 equals 0.0
-    real = key > _NEVER
-    # The last page handed out lies in [low, high): enough lie at or above low, fewer at or above high.
-    at_low = tl.sum(real.to(tl.int32), 0)
-    at_high = 0
-    limit = tl.minimum(total - heads * own, at_low)
-    low = tl.min(tl.where(real, key, _ALWAYS), 0)
-    high = tl.max(key, 0) + 1
-    while (at_low > limit) & (low + 1 < high):
-        middle = (low & high) + ((low ^ high) >> 1)  # the mean, rounded down, of any two integers
-        count = tl.sum((key >= middle).to(tl.int32), 0)
-        if count >= limit:
-            low = middle
-            at_low = count
-        else:
-            high = middle
-            at_high = count
-    level = (key >= low) & (key < high)
-    won = (key >= high) | (level & (tl.cumsum(level.to(tl.int32), 0) <= limit - at_high))
-    pages = tl.sum(tl.reshape((won & real).to(tl.int32), [HEADS, PAGES]), 1)
+    own, pages, everything = _facts(facts, row, own, pages, everything, EACH)
+    upper = _digit(coarse, row, heads, own, pages, BLOCK)
+    lower = _digit(fine, row, heads, own, pages, BLOCK)
     head = tl.arange(0, HEADS)
-    most = tl.load(held + row * heads + head, mask=head < heads, other=0)
-    slots = tl.where(everything > 0, most, tl.minimum(recent + 64 * (pages + own), most))
-    tl.store(limits + row * heads + head, slots, mask=head < heads)
+    there = head < heads
+    place = (row * heads + head) * _DIGITS
+    at = tl.load(fine + place + lower, mask=there, other=0)
+    next_fine = tl.load(fine + place + lower + 1, mask=there & (lower < _DIGITS - 1), other=0)
+    next_coarse = tl.load(coarse + place + upper + 1, mask=there & (upper < _DIGITS - 1), other=0)
+    above = tl.where(lower < _DIGITS - 1, next_fine, next_coarse)
+    most = tl.where(there, _filled(at, own), 0)
+    sure = tl.where(there, _filled(above, own), 0)
+    level = most - sure  # of equal worth; the earlier head's come first
+    left = pages - tl.sum(sure, 0) - (tl.cumsum(level, 0) - level)
+    filled = sure + tl.minimum(level, tl.maximum(left, 0))
+    real = tl.load(held + row * heads + head, mask=there, other=0)
+    slots = tl.where(everything > 0, real, tl.minimum(recent + 64 * filled, real))
+    tl.store(limits + row * heads + head, slots, mask=there)
 
 
-def head_limits(scores: Tensor, shares: Sequence[int], available: Sequence[int], recent: int) -> Tensor:
-    """As `naive.head_limits`, of (B, H, K) float32 scores."""
-    return hand_out(scores, row_facts(scores.shape[1], shares, available, recent, scores.device), recent)
-
-
-def hand_out(scores: Tensor, facts: Tensor, recent: int) -> Tensor:
-    """The same, from what `row_facts` gives."""
+def head_limits(
+    scores: Tensor,
+    shares: Sequence[int],
+    available: Sequence[int],
+    recent: int,
+    valid: Tensor | None = None,
+    *,
+    blocks: Blocks | None = None,
+) -> Tensor:
+    """As `naive.head_limits`."""
     rows, heads, slots = scores.shape
     scores = dense(scores)
-    block = max(2 * PAGE, power_of_two(slots))
-    worth = scores.new_empty(rows, heads, block // PAGE)
-    held, limits = (scores.new_empty(rows, heads, dtype=torch.int32) for _ in range(2))
-    worth_kernel[(rows * heads,)](
-        scores, worth, held, *scores.stride()[:2], heads, slots, BLOCK=block, num_warps=max(1, block // 512)
-    )
-    lanes = power_of_two(heads) * worth.shape[2]
+    blocks = blocks or Blocks()
+    each, alike = scores, (0, 0, 0)  # the former is not read
+    facts = row_facts(heads, shares, available, recent)
+    if len(set(facts)) == 1:
+        alike = facts[0]
+    else:
+        # Not pinned: so small a copy is taken along at once, and new pinned memory would have to wait for the device.
+        each = torch.tensor(facts, dtype=torch.int32).to(scores.device, non_blocking=True)
+    mask = None if valid is None else by_head(valid).contiguous().expand(scores.shape).view(torch.uint8)
+    coarse, fine = torch.empty(2, rows, heads, _DIGITS.value, dtype=torch.int32, device=scores.device)
+    held = torch.empty(rows, heads, dtype=torch.int32, device=scores.device)
+    limits = torch.empty_like(held)
+    some = min(32, power_of_two(heads))  # heads whose counts are read at once
+    for counts, is_fine in ((coarse, False), (fine, True)):
+        count_kernel[(rows * heads, _DIGITS.value // blocks.part)](
+            scores, scores if mask is None else mask, each, coarse, counts, held,
+            *scores.stride()[:2], *(0, 0) if mask is None else mask.stride()[:2], heads, slots,
+            max(slots - recent, 0) if mask is None else recent, *alike,
+            BLOCK=blocks.slots, PART=blocks.part, HEADS=some, TAIL=1024, FINE=is_fine,
+            HAS_VALID=mask is not None, EACH=each is not scores, **blocks.options(),
+        )  # fmt: skip
     share_kernel[(rows,)](
-        worth, held, facts, limits, rows, heads, recent,
-        HEADS=power_of_two(heads), PAGES=worth.shape[2], num_warps=max(1, min(32, lanes // 256)),
+        coarse, fine, held, each, limits, heads, recent, *alike,
+        HEADS=power_of_two(heads), BLOCK=some, EACH=each is not scores, num_warps=8,
     )  # fmt: skip
     return limits
