@@ -7,7 +7,7 @@ import torch
 
 from families import model
 from pyramidkv import CompressionConfig, ConfigError, models
-from pyramidkv.cli.bench import _others
+from pyramidkv.cli.bench import _others, _that_fit
 from pyramidkv.evaluate import bench, recall, schema, tasks, texts
 from pyramidkv.evaluate.bench import Settings
 
@@ -141,15 +141,16 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(folder, tmp_path):
     [
         ({"metrics": ("speeed",)}, "metric='speeed': unknown; did you mean 'speed'"),
         ({"tasks": ("nedle",)}, "task='nedle': unknown; did you mean 'needle'"),
+        ({"target": 0}, "target=0: must be at least 1"),
         ({"chunks": 0}, "chunks=0: must be at least 1"),
         ({"new_tokens": 1}, "new_tokens=1: must be at least 2"),
         ({"batch": (2, 0)}, "batch=0: must be at least 1"),
-        ({"prompt": 8}, "prompt=8: must be longer than window=8"),
+        ({"prompt": 8}, "prompt=8: must be longer than the 9 tokens that method='pyramidkv' always keeps"),
         ({"recall_context": (5,)}, "recall_context=5: must be longer"),
         ({"context": 4}, "context=4: must be longer"),
         ({"configs": (CompressionConfig(method="full"),)}, "method: give at least one that compresses"),
-        ({"configs": (CompressionConfig(budget=60, window=8),)}, "budget=60: must be below the context of 60"),
-        ({"configs": (CompressionConfig(keep=0.5, window=70, recent=8),)}, "window=70: must be at most the context"),
+        ({"configs": (CompressionConfig(budget=60, window=8),)}, "budget=60: must be below context=60"),
+        ({"configs": (CompressionConfig(keep=0.5, window=70, recent=8),)}, "window=70: must be at most context=60"),
     ],
 )
 def test_settings_are_checked_before_a_model_is_loaded(changes, message, tmp_path, monkeypatch):
@@ -192,6 +193,16 @@ def test_without_ablations_the_preset_stands_beside_the_method_at_equal_bytes():
     assert [(c.method, c.share) for c in _others(CONFIG, ablations=False)] == [("auto", 0.5)]
     assert _others(CompressionConfig(method="auto", share=0.5), ablations=False) == []
     assert _others(CompressionConfig(budget=64), ablations=False) == []
+
+
+def test_a_companion_that_these_lengths_are_too_short_for_is_left_out_with_a_line(capsys):
+    others = _others(CompressionConfig(keep=0.5), ablations=True)  # `auto` always keeps 32 tokens and a page of 64
+    assert list(_that_fit(settings("unused", metrics=("perplexity",), context=97), others, shown=True)) == others
+    assert capsys.readouterr().err == ""
+    fit = list(_that_fit(settings("unused", metrics=("perplexity",), context=96), others, shown=True))
+    assert [c for c in others if c not in fit] == [c for c in others if c.method == "auto"]
+    line = capsys.readouterr().err
+    assert line.startswith("not measured beside it: auto (context=96: must be longer than the 96 tokens")
 
 
 @torch.no_grad()

@@ -106,11 +106,15 @@ def test_a_comparison_in_which_nothing_was_compressed_fails():
     [(0, 5, "context=0"), (40, 0, "target=0"), (9, 5, "context=9: must be longer than the 9 tokens"), (40, 5, "")],
 )
 def test_lengths_are_checked(context, target, message):
+    def measured(context, target):
+        chunk = list(range(context + target + 1))
+        next(perplexity.measure(model("llama-4-2-32"), "tiny", CORPUS, [chunk], [CONFIG], context=context))
+
     if not message:
-        perplexity.check_lengths(context, target, [CONFIG])
+        measured(context, target)
         return
     with pytest.raises(ConfigError, match=message):
-        perplexity.check_lengths(context, target, [CONFIG])
+        measured(context, target)
 
 
 def test_the_interval_is_paired_over_chunks():

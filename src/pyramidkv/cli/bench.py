@@ -16,7 +16,7 @@ from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, out
 
 if TYPE_CHECKING:
     from pyramidkv.config import CompressionConfig
-    from pyramidkv.evaluate.bench import Progress
+    from pyramidkv.evaluate.bench import Progress, Settings
 
 _QUALITY, _SPEED = "Quality", "Speed"
 
@@ -105,7 +105,7 @@ def bench(
 
     config = config_from(options)
     settings = Settings(
-        configs=(config, *_others(config, ablations)),
+        configs=(config,),
         model=model,
         device=device,
         dtype=dtype,
@@ -126,6 +126,7 @@ def bench(
     )
     settings.check()
     first = from_environment().first
+    settings = replace(settings, configs=(config, *_that_fit(settings, _others(config, ablations), shown=first)))
     pyramidkv.report.require_packages()
     where = folder or Path("results") / datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H-%M-%S")
     calm_libraries()
@@ -157,6 +158,20 @@ def _others(config: CompressionConfig, ablations: bool) -> list[CompressionConfi
     if ablations and config.method == "pyramidkv":
         others += [replace(config, beta=beta) for beta in (1.0, 2.0) if beta != config.beta]
     return others
+
+
+def _that_fit(settings: Settings, others: list[CompressionConfig], *, shown: bool) -> Iterator[CompressionConfig]:
+    """The companions that these lengths can be measured with; a line for each of the others."""
+    from pyramidkv.errors import ConfigError
+
+    for other in others:
+        try:
+            replace(settings, configs=(other,)).check()
+        except ConfigError as error:
+            if shown:
+                err.print(f"not measured beside it: {other.method} ({error})", markup=False, soft_wrap=True)
+        else:
+            yield other
 
 
 @contextmanager

@@ -18,10 +18,10 @@ from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
 from pyramidkv.config import CompressionConfig, unknown
 from pyramidkv.errors import ConfigError, DataError
 from pyramidkv.evaluate import origin, perplexity, recall, schema, serving, speed, tasks, texts
+from pyramidkv.evaluate.lengths import check_length
 from pyramidkv.evaluate.ranks import Ranks, joined, merge
 from pyramidkv.evaluate.schema import Layers, Record, Run, Skipped
 from pyramidkv.layer import PyramidKVLayer
-from pyramidkv.methods import METHODS
 from pyramidkv.models.hub import hub_problem
 from pyramidkv.models.source import DEFAULT_MODEL, LoadedModel, load_model
 
@@ -66,7 +66,15 @@ class Settings:
         for task in self.tasks:
             if task not in tasks.TASKS:
                 raise ConfigError(f"task={task!r}: {unknown(task, tasks.TASKS)}")
-        least = {"chunks": 1, "recall_examples": 1, "prompt": 1, "new_tokens": 2, "repeats": 1, "requests": 2}
+        least = {
+            "target": 1,
+            "chunks": 1,
+            "recall_examples": 1,
+            "prompt": 1,
+            "new_tokens": 2,
+            "repeats": 1,
+            "requests": 2,
+        }
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least {smallest}")
@@ -76,22 +84,14 @@ class Settings:
         if not compressed:
             raise ConfigError("method: give at least one that compresses; the full cache is always measured beside it")
         if "perplexity" in self.metrics:
-            perplexity.check_lengths(self.context, self.target, compressed)
-        for name, length in [("prompt", self.prompt), *(("recall_context", n) for n in self.recall_context)]:
-            if name.split("_")[0] in ("prompt" if {"speed", "serving"} & set(self.metrics) else "", *self.metrics):
-                _check_prompt(name, length, compressed)
-
-
-def _check_prompt(name: str, length: int, configs: Sequence[CompressionConfig]) -> None:
-    for config in configs:
-        own = METHODS[config.method].window  # is "up to"; a window that was asked for is not
-        least = config.floor if config.window == own else max(config.floor, config.window - 1)
-        if length <= least:
-            raise ConfigError(
-                f"{name}={length}: must be longer than window={config.window} and the {config.floor} tokens always kept"
-            )
-        if config.budget is not None and config.budget >= length:
-            raise ConfigError(f"budget={config.budget}: must be below {name}={length}, or nothing is compressed")
+            check_length("context", self.context, compressed)
+        if "recall" in self.metrics:
+            for length in self.recall_context:
+                check_length("recall_context", length, compressed)
+        if "speed" in self.metrics:
+            check_length("prompt", self.prompt, self.configs[:1])
+        if "serving" in self.metrics:
+            check_length("prompt", self.prompt, compressed)
 
 
 @dataclass

@@ -7,7 +7,7 @@ after the eviction and reads the compressed cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,32 +19,13 @@ from transformers.cache_utils import DynamicCache
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError, PyramidKVError
+from pyramidkv.evaluate.lengths import check_length
 from pyramidkv.evaluate.prefill import prefill
 from pyramidkv.evaluate.schema import Compression, Perplexity
 from pyramidkv.evaluate.texts import Corpus
-from pyramidkv.methods import METHODS
 from pyramidkv.usage import CacheUsage
 
 FULL = CompressionConfig(method="full")
-
-
-def check_lengths(context: int, target: int, configs: Iterable[CompressionConfig]) -> None:
-    """Raise `ConfigError` for lengths with which a measurement would mean nothing."""
-    for name, value in (("context", context), ("target", target)):
-        if value < 1:
-            raise ConfigError(f"{name}={value}: must be at least 1 token")
-    for config in configs:
-        if config.method == "full":
-            continue
-        if context <= config.floor:
-            raise ConfigError(
-                f"context={context}: must be longer than the {config.floor} tokens that are always kept "
-                f"(recent={config.recent} and {config.floor - config.recent} more)"
-            )
-        if context < config.window != METHODS[config.method].window:  # a method's own window is "up to"
-            raise ConfigError(f"window={config.window}: must be at most the context of {context} tokens")
-        if config.budget is not None and config.budget >= context:
-            raise ConfigError(f"budget={config.budget}: must be below the context of {context} tokens")
 
 
 def stored(config: CompressionConfig, model: Any) -> CompressionConfig:
@@ -89,7 +70,9 @@ def measure(
         context: tokens prefilled and compressed.
     """
     target = len(chunks[0]) - context - 1
-    check_lengths(context, target, configs)
+    if target < 1:
+        raise ConfigError(f"target={target}: must be at least 1 token")
+    check_length("context", context, configs)
     every = [stored(config, model) for config in (FULL, *configs)]
     nll: list[list[float]] = [[] for _ in every]
     before = model.config._attn_implementation
