@@ -134,15 +134,20 @@ def test_other_cache_implementations(implementation):
         generate(plain, cache_implementation=implementation)
 
 
-@pytest.mark.parametrize("name", [LLAMA, NEOX, "phi3-4-2-32", "qwen3-4-2-32", "mistral-2-2-32"])
+@pytest.mark.parametrize(
+    "name", [LLAMA, NEOX, "phi3-4-2-32", "qwen3-4-2-32", "mistral-2-2-32", "gemma3-4-2-32", "gemma3-4-1-32"]
+)
 def test_a_plain_cache_under_our_attention_is_refused_at_once(name):
     plain = model(name)
+    expected = plain(IDS, use_cache=False).logits
     plain.set_attn_implementation("pyramidkv")
     for run in (lambda: plain(IDS), lambda: generate(plain), lambda: plain(IDS, past_key_values=DynamicCache())):
         with pytest.raises(
             UnsupportedError, match=r"plain transformers cache .* past_key_values=pyramidkv.PyramidKVCache"
         ):
             run()
+    assert torch.allclose(plain(IDS, use_cache=False).logits, expected, atol=1e-5)
+    assert torch.allclose(plain(IDS[:, :1], use_cache=False).logits, expected[:, :1], atol=1e-5)
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ def pyramidkv_attention(
         raise UnsupportedError("output_attentions=True: attention weights are never materialised here; leave it out")
     layer: PyramidKVLayer | StepLayer | None = getattr(key, "pyramidkv_layer", None)
     if layer is None:
-        mask = _uncompressed_mask(module, query, key, attention_mask, kwargs)
+        mask = _uncompressed_mask(query, key, value, attention_mask, kwargs)
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         out, _ = sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
         return out, None
@@ -113,11 +113,11 @@ def pyramidkv_attention(
 
 
 def _uncompressed_mask(
-    module: torch.nn.Module, query: Tensor, key: Tensor, mask: NewTokens | Tensor | None, kwargs: dict[str, Any]
+    query: Tensor, key: Tensor, value: Tensor, mask: NewTokens | Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor | None:
     if not isinstance(mask, NewTokens):
         return mask  # a sliding-window layer, or a mask made by the caller
-    if key.shape[2] != query.shape[2] or kwargs.get("use_cache"):
+    if key.shape[2] != query.shape[2] or kwargs.get("use_cache", _copied(value)):
         raise UnsupportedError(
             f"attn_implementation={ATTENTION_NAME!r} was given a plain transformers cache and would compress nothing: "
             "pass past_key_values=pyramidkv.PyramidKVCache(model.config, ...), or use pyramidkv.compress(model, ...)"
@@ -127,6 +127,15 @@ def _uncompressed_mask(
     rows, columns = mask.valid.shape
     plain: Tensor | None = sdpa_mask(rows, columns, columns, attention_mask=mask.valid, device=key.device)
     return plain
+
+
+def _copied(value: Tensor) -> bool:
+    """Whether (B, H, T, D) values come from a cache, which has copied them; a layer's own are a view of (B, T, H, D).
+
+    For models that do not say whether they use a cache (Gemma 3). Of a single token nothing can be told.
+    """
+    tokens, width = value.shape[2:]
+    return tokens > 1 and value.stride()[1:] == (tokens * width, width, 1)
 
 
 def register() -> None:
