@@ -25,6 +25,7 @@ STEPS = 40
 SETTINGS: dict[str, dict[str, Any]] = {
     "ours": dict(compiled.INDUCTOR),
     "default": {},
+    "ours with early launches": compiled.INDUCTOR | {"triton.enable_pdl": True},
     "max_autotune": {"max_autotune": True},
     "ours with max_autotune_gemm": compiled.INDUCTOR | {"max_autotune_gemm": True},
 }

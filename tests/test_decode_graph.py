@@ -5,10 +5,12 @@ import gc
 
 import pytest
 import torch
+from torch.nn import functional
 
 import pyramidkv
 from families import NAMES, model, padded_batch
 from pyramidkv.decode import graph as graphs
+from pyramidkv.decode import products
 from pyramidkv.decode.pool import Pool
 from pyramidkv.layer import PyramidKVLayer
 from pyramidkv.storage import Storage
@@ -175,6 +177,49 @@ def test_the_step_compiles_whole_and_once(monkeypatch):
             found = plain.generate(ids, attention_mask=mask, **ARGUMENTS)
         assert torch.equal(found, eager(plain, ids, mask, **options)[0])
     assert compiled == [{"fullgraph": True, "dynamic": False}]
+
+
+@pytest.mark.parametrize("name", ["gpt_neox-2-2-80", "llama-4-2-32"])
+def test_products_of_a_step_and_no_others_go_through_the_op(name, monkeypatch):
+    seen = []
+
+    def why_torch(x, weight, bias):
+        seen.append((x.shape, weight.data_ptr(), None if bias is None else bias.data_ptr()))
+        return "they are watched"
+
+    monkeypatch.setattr(products, "why_torch", why_torch)
+    plain = model(name)
+    layers = [m for m in plain.modules() if isinstance(m, torch.nn.Linear)]
+    ids, mask, _ = padded_batch((61, 40, 23))
+    expected, _ = eager(plain, ids, mask, keep=0.4, window=6)
+    assert not seen
+    with pyramidkv.compress(plain, keep=0.4, window=6):
+        plain(ids[:, :9], attention_mask=mask[:, :9])
+        assert not seen
+        assert torch.equal(plain.generate(ids, attention_mask=mask, **ARGUMENTS), expected)
+    steps, rest = divmod(len(seen), len(layers))
+    assert steps > 30
+    assert rest == 0
+    assert {x for x, *_ in seen} == {(3, layer.in_features) for layer in layers}
+    whole = {(layer.weight.data_ptr(), None if layer.bias is None else layer.bias.data_ptr()) for layer in layers}
+    assert {tuple(weights) for _, *weights in seen} == whole
+
+
+def test_other_products_are_left_alone(monkeypatch):
+    class Wrapped(torch.Tensor):
+        """As a quantised weight is."""
+
+    class Own(torch.nn.Linear):
+        def forward(self, x):
+            return (self.weight @ x.mT).mT
+
+    monkeypatch.setattr(products, "why_torch", lambda *_: pytest.fail("the op was asked"))
+    weight, x = torch.randn(8, 16), torch.randn(2, 1, 16)
+    with products.PRODUCTS:
+        assert torch.equal(functional.linear(x, weight.as_subclass(Wrapped)).as_subclass(torch.Tensor), x @ weight.T)
+        assert Own(16, 8)(x).shape == (2, 1, 8)
+        assert functional.linear(torch.randn(17, 1, 16), weight).shape == (17, 1, 8)
+        assert functional.linear(x, weight[0]).shape == (2, 1)
 
 
 def test_closing_gives_back_forward_and_buffers():

@@ -139,6 +139,42 @@ def test_sampling_with_a_replay_ahead_draws_the_same_tokens(first, monkeypatch):
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
 
 
+@pytest.mark.parametrize("decode", ["graph", "compiled"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("name", "dtype"), [("gpt_neox-2-2-80", torch.float16), ("llama-4-2-32", torch.bfloat16)])
+def test_products_of_a_captured_step(name, dtype, rows, decode, monkeypatch):
+    """Logits over given tokens are those of the eager path, and tokens are where rounding leaves no doubt."""
+    from pyramidkv.ops.linear import triton
+
+    launches = []
+    launch = triton.linear
+    monkeypatch.setattr(triton, "linear", lambda *given: launches.append(given[0].shape) or launch(*given))
+    plain = model(name).to("cuda", dtype).eval()
+    ids = padded_batch((200, 200, 200))[0][:rows].cuda()
+    tokens = torch.randint(3, 101, (rows, 40), device="cuda")
+
+    def logits(decode):
+        out = []
+        with pyramidkv.compress(plain, keep=0.4, window=6, decode=decode), torch.no_grad():
+            cache = plain(ids).past_key_values
+            for i in range(tokens.shape[1]):
+                out.append(plain(tokens[:, i : i + 1], past_key_values=cache).logits)
+        return torch.cat(out, 1).float()
+
+    expected = logits("eager")
+    assert not launches
+    got = logits(decode)
+    layers = [m for m in plain.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(launches) == 3 * len(layers)  # two warm-ups and the capture
+    assert {shape[0] for shape in launches} == {rows}
+    error = 2e-2 if dtype == torch.bfloat16 else 4e-3
+    assert (got - expected).norm() / expected.norm() < error
+    best, second = expected.topk(2).values.unbind(-1)
+    clear = best - second > 4 * error * expected.abs().amax(-1)
+    assert clear.any()
+    assert torch.equal(got.argmax(-1)[clear], expected.argmax(-1)[clear])
+
+
 def test_a_session_leaves_no_memory_behind():
     plain = model("llama-4-2-32").to("cuda", torch.float16)
     ids = torch.randint(3, 101, (2, 500), device="cuda")

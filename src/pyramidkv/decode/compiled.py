@@ -12,8 +12,7 @@ from pyramidkv.decode.step import Step, StepCache, step_of
 _ATTRIBUTE = "_pyramidkv_step"
 
 
-# At batch 1 a product without a bias becomes a reduction whose tiles are tried out: faster for the last layer's logits.
-# Products with a bias are left to cuBLAS, which reads their weights faster than such reductions do.
+# Products with weights are not Inductor's (`products.py`); its own kernels, norms and the like, try out their tiles.
 INDUCTOR: dict[str, Any] = {"coordinate_descent_tuning": True}
 
 

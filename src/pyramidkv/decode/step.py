@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from pyramidkv.decode.products import PRODUCTS
 from pyramidkv.ops.decode_attention import decode_attention
 from pyramidkv.ops.packed_attention import packed_attention
 from pyramidkv.ops.pages import Pages
@@ -116,7 +117,10 @@ def step_of(forward: Callable[..., Any], cache: StepCache) -> Step:
     """The step of a model whose forward this is."""
 
     def step(ids: Tensor, positions: Tensor) -> Tensor:
-        out = forward(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True)
+        with PRODUCTS:
+            out = forward(
+                input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True
+            )
         logits: Tensor = out.logits
         return logits
 

@@ -219,6 +219,8 @@ def join_kernel(
     TENSOR: tl.constexpr, HAS_START: tl.constexpr, NEW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """(B * Hq,) programs: each joins the parts of one query head, PARTS at a time, and the new token."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()  # a product behind may ask for its weights meanwhile
     row = tl.program_id(0)
     head = row // GROUPS
     batch, kv_head = head // kv_heads, head % kv_heads

@@ -91,8 +91,8 @@ def vector_kernel(
     if HAS_BIAS:
         shift = tl.load(bias + row, mask=row < N, other=0.0)
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # not before: who comes next may count on all but this kernel
     inputs = ()
     for i in tl.static_range(AHEAD):
         if i < STEPS:
@@ -141,10 +141,10 @@ def dot_kernel(
     if HAS_BIAS:
         shift = tl.load(bias + there)
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         if LINES * LINE <= K:
             _fetch(w, there, swn, tl.minimum(low, K - LINES * LINE), LINES, LINE)
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     weights = w + there.to(tl.int64)[:, None] * swn + channel[None, :]
     inputs = x + rank[None, :] * sxm + channel[:, None]
     sums = tl.zeros([ROWS, PAD], tl.float32)
@@ -190,8 +190,8 @@ def join_kernel(
     if HAS_BIAS:
         total += tl.load(bias + row, mask=keep, other=0.0).to(tl.float32)
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # not before: who comes next may count on all but this kernel
     for i in tl.static_range(SPLITS):
         total += tl.load(part + i * tl.num_programs(1) * N + place, mask=keep, other=0.0)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=keep)

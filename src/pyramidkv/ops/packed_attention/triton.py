@@ -441,6 +441,8 @@ def join_kernel(
     PARTS: tl.constexpr, TENSOR: tl.constexpr, HAS_START: tl.constexpr, NEW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """(Hq, B) programs: each joins the parts of one query head and a new token, and writes that into its slot."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()  # a product behind may ask for its weights meanwhile
     query_head, batch = tl.program_id(0), tl.program_id(1)
     head = query_head // GROUPS
     group = query_head % GROUPS
