@@ -187,6 +187,10 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
             )
         return CacheUsage(self.config.method, tuple(usage))
 
+    def empty(self) -> PyramidKVCache:
+        """Another cache for the same model with the same settings, which has seen nothing."""
+        return PyramidKVCache(self._model_config, self.config)
+
     def fork(self) -> PyramidKVCache:
         """An independent copy: continue one compressed context in several ways. It costs as many bytes as are held."""
         return copy.deepcopy(self)

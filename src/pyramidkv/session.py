@@ -20,6 +20,7 @@ from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.graph import DecodeGraph, why_eager
 from pyramidkv.errors import CompressionWarning, ConfigError, PyramidKVError, UnsupportedError
 from pyramidkv.parallel import check_heads
+from pyramidkv.rows import can_group, prefill_rows, row_groups
 from pyramidkv.shape import cache_shape
 from pyramidkv.slices import replace_forward, slice_mlps
 from pyramidkv.usage import CacheUsage
@@ -57,9 +58,7 @@ class Session:
         self._attention = self.model.config._attn_implementation
         self.model.set_attn_implementation(ATTENTION_NAME)
         self._hook = self.model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
-        self._restore = [slice_mlps(self.model)]
-        if self._graph is not None:
-            self._restore.append(replace_forward(self.model, self._decoding))
+        self._restore = [slice_mlps(self.model), replace_forward(self.model, self._forward)]
         return self
 
     def close(self) -> None:
@@ -181,30 +180,39 @@ class Session:
         layers = len(cache_shape(self.model.config).layers)
         return DecodeGraph(self.model, self.model.forward, layers, compiled=wish == "compiled")
 
-    def _decoding(self, forward: Any) -> Any:
-        """The model's forward, but that a single new token a row goes through the captured step."""
+    def _forward(self, forward: Any) -> Any:
+        """The model's forward, but that a single new token a row goes through the captured step, and a large batch of
+        prompts a few rows at a time."""
 
         @functools.wraps(forward)
-        def decode(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             cache = kwargs.get("past_key_values")
-            if (
-                self._graph is not None
-                and not args
-                and isinstance(cache, PyramidKVCache)
-                and cache.get_seq_length() > 0
-                and not self.model.training
-                and _plain_step(kwargs)
-            ):
-                cache.recover()
-                logits = self._graph.step(cache, kwargs["input_ids"], kwargs.get("position_ids"))
-                if logits is not None:
-                    out = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-                    return out.to_tuple() if kwargs.get("return_dict") is False else out
+            logits = None
+            if not args and isinstance(cache, PyramidKVCache) and not self.model.training and _plain(kwargs):
+                logits = self._logits(forward, cache, kwargs)
+            if logits is not None:
+                out = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+                return out.to_tuple() if kwargs.get("return_dict") is False else out
             if self._graph is not None:
                 self._graph.settle()
             return forward(*args, **kwargs)
 
-        return decode
+        return run
+
+    def _logits(self, forward: Any, cache: PyramidKVCache, inputs: dict[str, Any]) -> Tensor | None:
+        """The logits of a forward that asks for nothing else, if there is a better way to them than the model's."""
+        ids = inputs["input_ids"]
+        if cache.get_seq_length() > 0:
+            if self._graph is None or ids.shape[1] > 1:
+                return None
+            cache.recover()
+            return self._graph.step(cache, ids, inputs.get("position_ids"))
+        groups = row_groups(*ids.shape)
+        if len(groups) == 1 or not can_group(cache, inputs):
+            return None
+        if self._graph is not None:
+            self._graph.settle()
+        return prefill_rows(forward, cache, inputs, groups)
 
     def _settle(self) -> None:
         """Let the newest cache go, so that its memory is free before the next is filled; remember what it held."""
@@ -214,14 +222,14 @@ class Session:
         self._cache = None
 
 
-def _plain_step(kwargs: dict[str, Any]) -> bool:
-    """Whether a forward is that of one token a row, asks for nothing but logits, and keeps no graph of gradients."""
+def _plain(kwargs: dict[str, Any]) -> bool:
+    """Whether a forward of tokens asks for nothing but logits, and keeps no graph of gradients."""
     ids = kwargs.get("input_ids")
     known = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict",
              "logits_to_keep", "cache_position", "token_type_ids"}  # fmt: skip
     others = any(value is not None and value is not False for name, value in kwargs.items() if name not in known)
-    single = ids is not None and ids.ndim == 2 and ids.shape[1] == 1 and kwargs.get("use_cache") is not False
-    return single and not others and not torch.is_grad_enabled()
+    cached = ids is not None and ids.ndim == 2 and kwargs.get("use_cache") is not False
+    return cached and not others and not torch.is_grad_enabled()
 
 
 def _drafts(cache: PyramidKVCache, kwargs: dict[str, Any]) -> int:

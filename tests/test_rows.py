@@ -1,0 +1,112 @@
+"""A batch that is prefilled a few rows at a time: the tokens, the budgets and the bytes of the batch as a whole."""
+
+import pytest
+import torch
+
+import pyramidkv
+from families import NAMES, model, padded_batch
+from pyramidkv import rows
+
+PLAIN = [name for name in NAMES if not name.startswith("gemma3")]
+LENGTHS = (61, 40, 23, 61, 12, 50, 33)
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    torch.use_deterministic_algorithms(True)  # fills what is not initialised with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def grouped(monkeypatch):
+    """How many groups each prefill was made of."""
+    seen = []
+    was = rows.prefill_rows
+
+    def counted(forward, cache, inputs, groups):
+        seen.append(len(groups))
+        return was(forward, cache, inputs, groups)
+
+    monkeypatch.setattr("pyramidkv.session.prefill_rows", counted)
+    return seen
+
+
+def generate(plain, ids, mask, together, monkeypatch, **options):
+    monkeypatch.setattr(rows.row_groups, "__defaults__", (together,))
+    with pyramidkv.compress(plain, decode="eager", **options) as session:
+        out = plain.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0)
+        return out, session.report(), session.cache.fork()
+
+
+def alike(plain, ids, mask, grouped, monkeypatch, groups, together=130, **options):
+    whole, usage, cache = generate(plain, ids, mask, 10**6, monkeypatch, **options)
+    assert grouped == []
+    parts, same, other = generate(plain, ids, mask, together, monkeypatch, **options)
+    assert grouped == groups
+    assert torch.equal(parts, whole) and same == usage
+    for a, b in zip(cache.layers, other.layers, strict=True):
+        assert (a.counts, a.held, a.seen, a.prompts, a.settled) == (b.counts, b.held, b.seen, b.prompts, b.settled)
+        assert torch.equal(a.storage.positions, b.storage.positions)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_padded_rows_in_groups(name, grouped, monkeypatch):
+    ids, mask, _ = padded_batch(LENGTHS)
+    alike(model(name), ids, mask, grouped, monkeypatch, [4], keep=0.4, window=6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4},
+        {"method": "auto"},
+        {"method": "echo", "heads": "adaptive"},
+        {"method": "random"},
+        {"method": "h2o"},
+        {"method": "rms", "slack": 4, "budget": 20},
+        {"method": "full"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["gpt_neox-2-2-80", "llama-4-2-32"])
+def test_every_kind_of_storage(name, options, grouped, monkeypatch):
+    ids = torch.randint(3, 101, (7, 150), generator=torch.Generator().manual_seed(2))
+    amount = {} if "budget" in options or options.get("method") == "full" else {"keep": 0.6}
+    options = {"recent": 16, **options, **amount} if options.get("method") != "full" else options
+    alike(model(name), ids, torch.ones_like(ids), grouped, monkeypatch, [4], together=320, **options)
+
+
+def test_padded_rows_that_are_packed_go_together(grouped, monkeypatch):
+    ids, mask, _ = padded_batch(LENGTHS)
+    alike(model("llama-4-2-32"), ids, mask, grouped, monkeypatch, [], bits=4, keep=0.6)
+
+
+def test_groups():
+    assert rows.row_groups(7, 61, 130) == [slice(0, 1), slice(1, 3), slice(3, 5), slice(5, 7)]
+    assert rows.row_groups(3, 500, 130) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert rows.row_groups(5, 10, 130) == [slice(0, 5)]
+    assert rows.row_groups(1, 10**6) == [slice(0, 1)]
+    assert rows.row_groups(8, 6144) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+
+
+def test_an_error_in_the_second_group_leaves_an_empty_cache(monkeypatch):
+    monkeypatch.setattr(rows.row_groups, "__defaults__", (130,))
+    plain = model("llama-4-2-32")
+    ids, mask, _ = padded_batch(LENGTHS)
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("no memory left")
+
+    hook = plain.model.layers[1].register_forward_pre_hook(fail)
+    with pyramidkv.compress(plain, keep=0.4, window=6) as session, torch.no_grad():
+        with pytest.raises(RuntimeError, match="no memory left"):
+            plain(ids, attention_mask=mask, logits_to_keep=1)
+        cache = session.cache
+        assert cache.get_seq_length() == 0
+        hook.remove()
+        out = plain(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+        assert cache.get_seq_length() == 61 and out.logits.shape == (7, 1, 101)
