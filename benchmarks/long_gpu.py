@@ -57,8 +57,7 @@ class Clock:
     before: int = 0
 
     def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
-        if input_ids.is_cuda:
-            torch.cuda.current_stream().synchronize()  # not the device: the next step may be under way
+        speed.wait_for_tokens(input_ids.device)
         self.ticks.append(time.perf_counter())
         if self.session is not None:
             settled = sum(layer.settled for layer in self.session.cache.layers)

@@ -1,4 +1,4 @@
-"""Quality of long texts: eviction while decoding, and prompts compressed chunk by chunk, on the CPU.
+"""Quality of long texts: eviction while decoding, and prompts compressed chunk by chunk.
 
     python benchmarks/long_texts.py decoding --prompt 512 --target 3000 --chunks 4 --seconds 1500
     python benchmarks/long_texts.py chunks --context 3584 --target 511 --chunks 12 --out neox-16m-chunks.jsonl
@@ -60,7 +60,7 @@ def decoding(model: Any, ids: Tensor, setting: Setting, prompt: int) -> tuple[Te
     """Nats per token of each row (B,) of the continuation, fed token by token."""
     cache = PyramidKVCache(model.config, **setting)
     model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
-    total = torch.zeros(len(ids))
+    total = torch.zeros(len(ids), device=ids.device)
     for at in range(prompt, ids.shape[1] - 1):
         logits = model(ids[:, at : at + 1], past_key_values=cache).logits[:, -1]
         total += cross_entropy(logits.float(), ids[:, at + 1], reduction="none")
@@ -155,6 +155,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("decoding", "chunks"))
     parser.add_argument("--model", default="neox-16m")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--text", action="append", help="NAME=FILE_OR_FOLDER; default: the Python reference")
     parser.add_argument("--prompt", type=int, default=512, help="of decoding")
     parser.add_argument("--context", type=int, default=3584, help="of chunks")
@@ -166,13 +168,15 @@ def main() -> None:
     parser.add_argument("--only", action="store_true", help="of chunks: the full cache and --setting, no others")
     parser.add_argument("--out", type=Path, help="write the records there, anew after each text")
     arguments = parser.parse_args()
-    loaded = load_model(arguments.model)
+    loaded = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     loaded.model.set_attn_implementation(ATTENTION_NAME)
     before = arguments.prompt if arguments.what == "decoding" else arguments.context
     chosen = [texts.parse_text(text) for text in arguments.text or ()] or [texts.load("python-reference")]
     length = before + arguments.target + 1
     rows = {
-        corpus.name: torch.tensor(texts.chunks(corpus, loaded.tokenizer, tokens=length, count=arguments.chunks))
+        corpus.name: torch.tensor(texts.chunks(corpus, loaded.tokenizer, tokens=length, count=arguments.chunks)).to(
+            loaded.model.device
+        )
         for corpus in chosen
     }
     head = {"what": arguments.what, "model": Path(loaded.name).name, "before": before, "target": arguments.target}
