@@ -92,6 +92,33 @@ def test_every_setting_is_an_option(command):
         assert f"--{name.replace('_', '-')} " in output
 
 
+def test_help_needs_no_torch():
+    """`import pyramidkv` elsewhere brings it: every other test has its attention registered."""
+    command = [sys.executable, "-X", "importtime", "-m", "pyramidkv", "bench", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "Usage" in done.stdout and "pyramidkv.config" in imported
+    assert not {"torch", "transformers", "pyramidkv.public"} & imported
+
+
+@pytest.mark.slow
+def test_a_command_as_a_process_of_its_own_has_the_whole_package():
+    command = [
+        sys.executable,
+        "-m",
+        "pyramidkv",
+        "generate",
+        "Once",
+        "--max-new-tokens",
+        "2",
+        "--keep",
+        "1.0",
+        "--json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)
+
+
 def test_version():
     done = run("--version")
     assert (done.exit_code, done.output) == (0, f"pyramidkv {pyramidkv.__version__}\n")

@@ -5,36 +5,28 @@ with pyramidkv.compress(model, keep=0.25) as session:
 print(session.report())
 """
 
-from pyramidkv.attention import register as _register_attention
-from pyramidkv.cache import PyramidKVCache
-from pyramidkv.chunks import prefill
-from pyramidkv.config import CompressionConfig
-from pyramidkv.errors import CompressionWarning, ConfigError, DataError, PyramidKVError, UnsupportedError
-from pyramidkv.methods import methods, register
-from pyramidkv.monkeypatch import replace_gptneox, replace_llama, replace_mistral
-from pyramidkv.scorers import Observation, Scorer
-from pyramidkv.session import Session, compress
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CompressionConfig",
-    "CompressionWarning",
-    "ConfigError",
-    "DataError",
-    "Observation",
-    "PyramidKVCache",
-    "PyramidKVError",
-    "Scorer",
-    "Session",
-    "UnsupportedError",
-    "compress",
-    "methods",
-    "prefill",
-    "register",
-    "replace_gptneox",
-    "replace_llama",
-    "replace_mistral",
-]
 
-_register_attention()
+def _is_the_command() -> bool:
+    """Whether this process is `pyramidkv ...` or `python -m pyramidkv ...`."""
+    program = sys.argv[0] if getattr(sys, "argv", None) else ""
+    if program == "-m":  # as it stands while the package of `python -m PACKAGE` is being imported
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == ["pyramidkv"]
+    return Path(program).stem == "pyramidkv"
+
+
+if TYPE_CHECKING or not _is_the_command():
+    from pyramidkv.public import *  # noqa: F403
+else:  # help comes at once: torch and transformers, seconds of importing, wait until a command runs
+
+    def __getattr__(name: str) -> Any:
+        public = import_module("pyramidkv.public")
+        if name not in public.__all__:
+            raise AttributeError(f"module 'pyramidkv' has no attribute {name!r}")
+        return getattr(public, name)

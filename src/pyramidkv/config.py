@@ -12,7 +12,6 @@ from typing import Any
 
 from pyramidkv.errors import ConfigError
 from pyramidkv.methods import METHODS
-from pyramidkv.ops.quantize import PAGE
 
 AMOUNTS = ("budget", "keep", "share", "bytes")
 BITS = (16, 8, 4, 2)
@@ -139,7 +138,11 @@ class CompressionConfig:
     @property
     def floor(self) -> int:
         """The fewest tokens that a layer may keep; heads that differ have at least a page each to go by."""
-        return self.recent + (PAGE if self.heads == "adaptive" else 1)
+        if self.heads == "adaptive":
+            from pyramidkv.ops.quantize import PAGE  # here, since it brings torch, which help does without
+
+            return self.recent + PAGE
+        return self.recent + 1
 
     @property
     def packs(self) -> bool:

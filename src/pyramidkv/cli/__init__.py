@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from io import TextIOWrapper
 from typing import Annotated, Any
@@ -72,8 +74,19 @@ def _options(
     pass
 
 
+def _with_torch(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with all of the package imported before it runs and nothing of it before."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        import_module("pyramidkv.public")
+        command(*arguments, **options)
+
+    return run
+
+
 for _name in _COMMANDS:
-    app.command(_name)(getattr(import_module(f"pyramidkv.cli.{_name}"), _name))
+    app.command(_name)(_with_torch(getattr(import_module(f"pyramidkv.cli.{_name}"), _name)))
 
 
 def main() -> None:

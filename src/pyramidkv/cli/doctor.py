@@ -35,6 +35,7 @@ def doctor(as_json: Json = False) -> None:
 def _examine() -> dict[str, Any]:
     import pyramidkv
     from pyramidkv.cli import environment
+    from pyramidkv.methods import methods
     from pyramidkv.models.hub import hub_problem
     from pyramidkv.models.shapes import DEFAULT_MODEL
 
@@ -60,7 +61,7 @@ def _examine() -> dict[str, Any]:
         "default_device": str(device),
         "attention_kernels": environment.attention_kernels(device),
         "hub_problem": hub_problem(),
-        "methods": pyramidkv.methods(),
+        "methods": methods(),
         "default_benchmark": {
             "model": f"{DEFAULT_MODEL} on {device}" if not model_problem else None,
             "perplexity": _corpora(corpora_problem),
