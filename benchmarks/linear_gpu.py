@@ -12,26 +12,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
-import os
-import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional
 
 from pyramidkv.ops.linear import naive
 from pyramidkv.ops.linear import triton as kernel
 from pyramidkv.ops.linear.triton import Blocks
+from result import Result, add_out
 
 BEGAN = time.perf_counter()
 BYTES = 400e6  # of different weights in a graph
@@ -149,15 +144,12 @@ def recorded(work: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def in_turn(works: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, list[float]]:
+def in_turn(result: Result, works: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, list[float]]:
     """Microseconds of each replay of each graph, the graphs replayed in turn; the first two rounds left out."""
     graphs: dict[str, Callable[[], None]] = {}
     for name, work in works.items():
-        try:
+        with result.attempt(name):
             graphs[name] = recorded(work)
-        except Exception as error:
-            torch.cuda.synchronize()
-            print(f"  {name} failed: {type(error).__name__}: {str(error).splitlines()[0][:150]}", flush=True)
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for i in range(rounds + 2):
         events = []
@@ -177,52 +169,46 @@ def in_turn(works: dict[str, Callable[[], object]], rounds: int = 15) -> dict[st
 def summary(times: list[float], share: float, size: float) -> dict[str, float]:
     """Of one product of `share` in a graph: microseconds and the rate at which a weight of `size` bytes was read."""
     median = statistics.median(times) * share
-    return {
-        "us": median, "us_low": min(times) * share, "us_high": max(times) * share, "TBps": size / median / 1e6,
-    }  # fmt: skip
+    low, high = min(times) * share, max(times) * share
+    return {"us": median, "us_low": low, "us_high": high, "TBps": size / median / 1e6}
 
 
-def check(model: Model, rows: int) -> dict[str, float]:
+def check(result: Result, model: Model, rows: int) -> None:
     """Relative errors against float64, those of cuBLAS and naive beside; three runs must agree to the last bit."""
-    found = {}
     for name, (outputs, channels) in products(model).items():
         weight, bias = model.weights[name][0]
         x = torch.randn(rows, channels, device="cuda", dtype=model.dtype)
-        exact = naive_in_double(x, weight, bias)
+        exact = in_double(x, weight, bias)
 
         def error(out: Tensor, exact: Tensor = exact) -> float:
             return ((out.double() - exact).norm() / exact.norm()).item()
 
-        worst = 0.0
+        worst, wrong = 0.0, []
         for kind, blocks in variants(rows, outputs, channels).items():
-            try:
+            with result.attempt(f"{model.name}, {rows} rows, {name}, {kind}"):
                 runs = [kernel.linear(x, weight, bias, blocks=blocks) for _ in range(3)]
-            except Exception as problem:
-                print(f"  {name} {kind}: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
-                continue
-            apart = error(runs[0])
-            if not apart < 1e-2 or not all(torch.equal(runs[0], run) for run in runs):
-                print(f"  {name} {kind}: {apart:.2e}, runs agree: {torch.equal(runs[0], runs[1])}: WRONG", flush=True)
-            worst = max(worst, apart, key=lambda e: (e != e, e))
-        found[name] = worst
-        cublas, plain = error(functional.linear(x, weight, bias)), error(naive.linear(x, weight, bias))
-        print(f"check {model.name} {rows} {name}: {worst:.2e} (cuBLAS {cublas:.2e}, naive {plain:.2e})", flush=True)
-    return found
+                apart = error(runs[0])
+                worst = max(worst, apart, key=lambda e: (e != e, e))  # NaN is the worst
+                if not apart < 1e-2 or not all(torch.equal(runs[0], run) for run in runs):
+                    wrong.append(kind)
+        row = {"ours": worst, "cuBLAS": error(functional.linear(x, weight, bias))}
+        row["naive"] = error(naive.linear(x, weight, bias))
+        about = {"model": model.name, "rows": rows, "product": name}
+        result.add("error", {**about, **row, "wrong": ", ".join(wrong) or "none"})
 
 
-def naive_in_double(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def in_double(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = x.double() @ weight.double().T
     return out if bias is None else out + bias.double()
 
 
-def sweep(model: Model, rows: int, seconds: float) -> dict[str, dict[str, dict[str, float]]]:
-    found = {}
+def sweep(result: Result, model: Model, rows: int, seconds: float) -> None:
+    """Each product in all its tiles."""
     for name, (outputs, channels) in products(model).items():
         if elapsed() > seconds:
-            break
-        weights = model.weights[name]
+            return
         size = outputs * channels * 2
-        weights = weights[: int(BYTES // size) + 1]
+        weights = model.weights[name][: int(BYTES // size) + 1]
         passes = max(1, round(1.2e9 / (size * len(weights))))
         x = torch.randn(rows, channels, device="cuda", dtype=model.dtype)
 
@@ -239,13 +225,15 @@ def sweep(model: Model, rows: int, seconds: float) -> dict[str, dict[str, dict[s
         works = {"cuBLAS": walk(functional.linear)}
         works |= {kind: walk(ours(blocks)) for kind, blocks in variants(rows, outputs, channels).items()}
         share = 1 / (passes * len(weights))
-        found[name] = {kind: summary(times, share, size) for kind, times in in_turn(works).items()}
-        chosen = variants(rows, outputs, channels)["chosen"]
-        print(f"\n{model.name}, {rows} rows, {name} ({outputs}, {channels}), chosen: {chosen}")
-        for kind, row in sorted(found[name].items(), key=lambda item: item[1]["us"]):
-            print(f"  {row['us']:7.2f} us [{row['us_low']:.2f}-{row['us_high']:.2f}]  {row['TBps']:.2f} TB/s  {kind}")
-        sys.stdout.flush()
-    return found
+        found = {kind: summary(times, share, size) for kind, times in in_turn(result, works).items()}
+        for kind, row in found.items():
+            about = {"model": model.name, "rows": rows, "product": name, "shape": f"{outputs} x {channels}"}
+            result.add("sweep", {**about, "tiles": kind, **row})
+        shown = sorted(found, key=lambda kind: found[kind]["us"])
+        shown = [kind for i, kind in enumerate(shown) if i < 4 or kind in ("cuBLAS", "chosen", "one after the other")]
+        print(f"{model.name} {rows} {name}: " + "; ".join(
+            f"{kind} {found[kind]['us']:.2f} us {found[kind]['TBps']:.2f} TB/s" for kind in shown
+        ), flush=True)  # fmt: skip
 
 
 def chain(model: Model, x: Tensor, product: Product, products_only: bool) -> Tensor:
@@ -253,7 +241,7 @@ def chain(model: Model, x: Tensor, product: Product, products_only: bool) -> Ten
     of = model.weights
     norm = functional.layer_norm if model.bias else functional.rms_norm
     hidden = x.shape[1]
-    wide = torch.empty(x.shape[0], model.shapes["up"][0], device="cuda", dtype=x.dtype).normal_()
+    wide = x.new_ones(x.shape[0], model.shapes["up"][0])
     h = x
     for i in range(LAYERS):
         if products_only:
@@ -275,7 +263,8 @@ def chain(model: Model, x: Tensor, product: Product, products_only: bool) -> Ten
     return product(h, *of["logits"][0])
 
 
-def whole(model: Model, rows: int) -> dict[str, dict[str, float]]:
+def whole(result: Result, model: Model, rows: int) -> None:
+    """All products of a step."""
     hidden = model.head[1]
     x = torch.randn(rows, hidden, device="cuda", dtype=model.dtype)
     size = 2 * (LAYERS * sum(n * k for n, k in model.shapes.values()) + model.head[0] * hidden)
@@ -289,22 +278,19 @@ def whole(model: Model, rows: int) -> dict[str, dict[str, float]]:
         for kind, only in (("products", True), ("chain", False))
         for name, product in (("cuBLAS", functional.linear), ("one after the other", alone), ("overlap", ours()))
     }
-    found = {name: summary(times, 1.0, size) for name, times in in_turn(works).items()}
-    print(f"\n{model.name}, {rows} rows, all products of {LAYERS} layers and the logits, {size / 1e9:.2f} GB")
-    for name, row in found.items():
-        spread = f"[{row['us_low'] / 1e3:.3f}-{row['us_high'] / 1e3:.3f}]"
-        print(f"  {row['us'] / 1e3:6.3f} ms {spread}  {row['TBps']:.2f} TB/s  {name}")
-    sys.stdout.flush()
-    return found
+    for name, times in in_turn(result, works).items():
+        about = {"model": model.name, "rows": rows, "GB": size / 1e9, "what": name}
+        result.add("whole", {**about, **summary(times, 1.0, size)})
 
 
-def rates() -> dict[str, float]:
+def rates(result: Result) -> None:
     """TB/s of a copy and of a sum, over random numbers."""
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    times = in_turn({"copy": lambda: target.copy_(source), "read": lambda: source.view(-1, 1 << 20).sum(1)})
+    works = {"copy": lambda: target.copy_(source), "read": lambda: source.view(-1, 1 << 20).sum(1)}
     size = {"copy": 2 * source.nbytes, "read": source.nbytes}
-    return {f"{name}_TBps": size[name] / statistics.median(t) / 1e6 for name, t in times.items()}
+    for name, times in in_turn(result, works).items():
+        result.add("rates", {"what": name, **summary(times, 1.0, size[name])})
 
 
 def compile_share(rows: list[int], names: list[str], which: int) -> None:
@@ -330,49 +316,37 @@ def compile_share(rows: list[int], names: list[str], which: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "linear.json")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16], help="tiles are swept for the first two")
     parser.add_argument("--models", nargs="+", default=[m.name for m in MODELS], choices=[m.name for m in MODELS])
     parser.add_argument("--seconds", type=float, default=130, help="when to stop trying other tiles")
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
+    add_out(parser)
     arguments = parser.parse_args()
     if arguments.compile is not None:
         compile_share(arguments.rows, arguments.models, arguments.compile)
         return
     torch.set_grad_enabled(False)
-    again = [sys.executable, *sys.argv]
-    workers = [subprocess.Popen([*again, "--compile", str(i)]) for i in range(WORKERS)]
+    workers = [subprocess.Popen([sys.executable, *sys.argv, "--compile", str(i)]) for i in range(WORKERS)]
     for worker in workers:
         worker.wait()
     print(f"compiled after {elapsed():.0f} s", flush=True)
-    report: dict = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "weights": "random numbers",
-    }
-    try:
-        report |= rates()
-        print({name: round(report[name], 2) for name in ("copy_TBps", "read_TBps")}, flush=True)
-        for model in MODELS:
-            if model.name not in arguments.models:
-                continue
-            model.fill()
-            print(f"{model.name} filled after {elapsed():.0f} s", flush=True)
-            mine = report[model.name] = {}
-            for rows in arguments.rows:
-                mine[str(rows)] = {"relative_error": check(model, rows)}
-            for rows in arguments.rows:
-                mine[str(rows)]["whole"] = whole(model, rows)
-            for rows in arguments.rows[:2]:
-                mine[str(rows)]["sweep"] = sweep(model, rows, arguments.seconds)
-            model.weights.clear()
-            torch.cuda.empty_cache()
-    finally:
-        report["seconds"] = elapsed()
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    result = Result(arguments.out, weights="random numbers")
+    rates(result)
+    for model in MODELS:
+        if model.name not in arguments.models:
+            continue
+        model.fill()
+        print(f"{model.name} filled after {elapsed():.0f} s", flush=True)
+        for rows in arguments.rows:
+            check(result, model, rows)
+        for rows in arguments.rows:
+            whole(result, model, rows)
+        for rows in arguments.rows[:2]:
+            sweep(result, model, rows, arguments.seconds)
+        model.weights.clear()
+        torch.cuda.empty_cache()
     print(f"{elapsed():.0f} s in all")
+    result.finish("rates", "error", "whole")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
 import pyramidkv
-from pyramidkv.decode import compiled
+from pyramidkv.decode import compiled, products
 from pyramidkv.models.source import load_model
 from result import Result, add_out
 
@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ours": dict(compiled.INDUCTOR),
     "default": {},
     "ours with early launches": compiled.INDUCTOR | {"triton.enable_pdl": True},
+    "ours, products by cuBLAS": dict(compiled.INDUCTOR),
     "max_autotune": {"max_autotune": True},
     "ours with max_autotune_gemm": compiled.INDUCTOR | {"max_autotune_gemm": True},
 }
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=6144)
     parser.add_argument("--batch", type=int, action="append")
     parser.add_argument("--inductor", action="append", choices=SETTINGS)
+    parser.add_argument("--only", choices=["prefill", "decode"])
     add_out(parser)
     arguments = parser.parse_args()
     model = load_model(f"random:{arguments.model}", device="cuda", dtype=arguments.dtype).model
@@ -143,7 +145,8 @@ def main() -> None:
         f"{method} keep=0.25": pyramidkv.CompressionConfig(method=method, keep=0.25) for method in ("pyramidkv", "rms")
     }
     configs["auto share=0.25"] = pyramidkv.CompressionConfig(method="auto", share=0.25)
-    for batch in arguments.batch or [1]:
+    batches = arguments.batch or [1]
+    for batch in batches if arguments.only != "decode" else []:
         with result.attempt(f"prefill, batch {batch}"):
             row = prefill(model, configs, batch, arguments.prompt)
             row |= {name: ms["median"] for name, ms in row["ms"].items()}
@@ -154,8 +157,11 @@ def main() -> None:
                 print(f"  only in {name}: {sum(v['us'] for v in own.values()):.0f} us", flush=True)
                 show(own)
     settings = [None, *(arguments.inductor or ["ours"])]
-    for batch in arguments.batch or [1]:
+    serves = products.why_torch
+    for batch in batches if arguments.only != "prefill" else []:
         for setting in settings:
+            cublas = setting is not None and "cuBLAS" in setting
+            products.why_torch = (lambda *_: "cuBLAS is asked for") if cublas else serves
             if setting is not None:
                 compiled.INDUCTOR.clear()
                 compiled.INDUCTOR.update(SETTINGS[setting])

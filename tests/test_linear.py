@@ -14,7 +14,7 @@ ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}  # one rounding
 # rows, outputs, channels
 SHAPES = [
     (1, 37, 80),
-    (1, 70, 640),
+    (1, 14, 640),
     (1, 5, 1100),  # not a multiple of any tile
     (1, 9, 2560),
     (2, 130, 80),
@@ -79,7 +79,7 @@ def test_interpreted_linear(shape, dtype):
 @interpreted
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("options", [(4, 1, 5), (2, 2, 1), (8, 4, 3)], ids=str)  # rows, warps, ahead
-@pytest.mark.parametrize("shape", [(1, 37, 640), (1, 9, 1100)])
+@pytest.mark.parametrize("shape", [(1, 9, 1100)])
 def test_interpreted_linear_of_one_row_in_other_tiles(shape, options):
     from pyramidkv.ops.linear import triton
 
@@ -90,7 +90,7 @@ def test_interpreted_linear_of_one_row_in_other_tiles(shape, options):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("options", [(64, 4, 3, 64, 3), (16, 2, 2, 256, 1), (32, 4, 4, 128, 7)], ids=str)
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("shape", [(1, 70, 640), (7, 67, 1100), (16, 40, 80)])
+@pytest.mark.parametrize("shape", [(1, 40, 640), (7, 67, 1100)])
 def test_interpreted_linear_of_several_rows_in_other_tiles(shape, last, options):
     from pyramidkv.ops.linear import triton
 
