@@ -229,7 +229,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             out = self._over_stored(query, key, value, scaling, dropout)
         else:
             valid = self.visible(new, query.shape[2], key.shape[2])
-            out = attention(query, key, value, scaling, valid, dropout)
+            out = attention(query, key, value, scaling, valid, dropout, holes=self._leaves_holes(new, query.shape[2]))
         self.absorb(query, key, value, valid, new, scaling)
         return out
 
@@ -357,7 +357,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
                 return decode_attention(query, new.keys, new.values, new.length, new.start, scaling)
         if isinstance(storage, PackedStorage):
             key, value = storage.view(query.dtype)
-        return attention(query, key, value, scaling, storage.valid(), dropout)
+        return attention(query, key, value, scaling, storage.valid(), dropout, holes=new.holes)
 
     def _hide(self, new: NewTokens) -> None:
         """Make the newest slot empty in the rows whose new token is padding."""
@@ -377,6 +377,12 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             past = torch.ones(len(self.counts), slots - queries, dtype=torch.bool, device=new.valid.device)
         fresh = past.new_ones(len(self.counts), queries) if new.valid is None else new.valid
         return joined(past, fresh)
+
+    def _leaves_holes(self, new: NewTokens, queries: int) -> bool:
+        """Whether padding among the new tokens comes to lie behind real ones, as it does in front of a further turn."""
+        behind = self.storage is not None and self.storage.newest.holes
+        padded = zip(new.counts or (), self.held, strict=False)
+        return behind or any(n < queries and held > 0 for n, held in padded)
 
     @torch.no_grad()
     def _evict(

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from pyramidkv.ops.ragged_attention import ragged_attention, why_not
 from pyramidkv.ops.valid import by_head
 
 # cuDNN attention makes a plan for every new shape. In a prefill all layers have one shape; afterwards each layer has a
@@ -18,7 +19,14 @@ _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, valid: Tensor | None = None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    valid: Tensor | None = None,
+    dropout: float = 0.0,
+    *,
+    holes: bool = True,
 ) -> Tensor:
     """Causal attention; the queries are the last Q of the K tokens.
 
@@ -28,6 +36,7 @@ def attention(
         scaling: factor of the logits.
         valid: (B, K) or (B, Hkv, K) bool, False for padding and empty slots; None means that all are real.
         dropout: probability, for training.
+        holes: empty slots may lie behind real ones; if not, several queries need no mask on a GPU.
 
     Returns:
         (B, Hq, Q, D); rows of queries that see nothing are zero.
@@ -37,6 +46,8 @@ def attention(
         return scaled_dot_product_attention(
             query, key, value, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1
         )
+    if valid is not None and not holes and query.shape[2] > 1 and why_not(query, key, value, dropout) is None:
+        return ragged_attention(query, key, value, scaling, valid)
     with _backends(query):
         return _over_past(query, key, value, scaling, valid, dropout)
 
