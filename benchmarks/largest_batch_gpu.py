@@ -2,14 +2,14 @@
 
     python benchmarks/largest_batch_gpu.py --seconds 190
 
-Random weights of the true shape, all rows of one length. Every engine reads its prompts in chunks (`--chunk`), since
-the activations of a whole prefill would take the place of many rows: the full cache by forwards of the model into a
-`StaticCache`, ours by `session.prefill`. Then plain `generate()` decodes. The first tokens, in which steps are compiled
-and captured, are not timed; the time of a token is the median over the others.
+Random weights of the true shape, all rows of one length, plain `generate()`. The activations of a whole prefill would
+take the place of many rows, so no engine does that: a session reads a few rows at a time; for the `StaticCache`, which
+is filled for all rows at once, the model is fed the prompt in chunks (`--chunk`) before `generate()` decodes. The first
+tokens, in which steps are compiled and captured, are not timed; the time of a token is the median over the others.
 
-The batch is the largest that should fit by arithmetic (weights, cache, activations of a chunk, one layer's past beside
-its chunk) into what is free; if it does not, a smaller one is tried. `--full` and `--compressed` name batches instead.
-No run is begun that should end after `--seconds`, counted from the start of the process.
+The batch is the largest that should fit by arithmetic (weights, cache, activations) into what is free; if it does not,
+a smaller one is tried. `--full` and `--compressed` name batches instead. No run is begun that should end after
+`--seconds`, counted from the start of the process.
 
 Without a GPU: --device cpu --model pythia-70m --prompt 256 --chunk 64 --full 2 --compressed 4
 """
@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # growing buffers of every size in turn
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # buffers of every size in turn
 
 import psutil
 import torch
@@ -40,7 +40,7 @@ from pyramidkv.decode import compiled
 from pyramidkv.evaluate.speed import peak_bytes, reset_peak, synchronize, wait_for_tokens
 from pyramidkv.models.device import free_bytes
 from pyramidkv.models.source import LoadedModel, load_model
-from pyramidkv.shape import cache_shape
+from pyramidkv.rows import TOGETHER
 from result import Result, add_out
 
 WARM_UP = 8  # tokens: a step is compiled at the second, captured at the third or fourth
@@ -61,7 +61,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens of a prompt, of a chunk of it, and new ones."""
+    """Tokens of a prompt, of a chunk of it where it is read in chunks, and new ones."""
 
     prompt: int
     chunk: int
@@ -84,25 +84,21 @@ def needed(loaded: LoadedModel, engine: Engine, sizes: Sizes, rows: int) -> floa
     """Bytes beside the weights that a batch takes at its peak, while its prompts are read."""
     config = loaded.model.config
     itemsize = loaded.model.dtype.itemsize
+    full = pyramidkv.CompressionConfig(method="full")
     estimate = Estimate.of(
-        engine.config or pyramidkv.CompressionConfig(method="full"),
-        config,
-        parameters=loaded.parameters,
-        prompt=sizes.chunk,
-        itemsize=itemsize,
+        engine.config or full, config, parameters=loaded.parameters, prompt=sizes.prompt, itemsize=itemsize
     )
     # Queries, keys and values before and after rotation lie beside what the estimate counts.
-    work = rows * (estimate.activation_bytes + sizes.chunk * 6 * config.hidden_size * itemsize)
-    total = sizes.prompt + sizes.new
-    full = estimate.plan.full_bytes(total, batch=rows, itemsize=itemsize)
-    if engine.config is None:  # a mask of the chunk over all slots, in bool and as numbers
-        return full + work + rows * sizes.chunk * total * (1 + itemsize) + RESERVE
-    layers = len(cache_shape(config).layers)
-    most = max(estimate.plan.budgets(sizes.prompt, batch=rows, itemsize=itemsize)) if engine.config.amount else total
-    beside = full / layers * (most + sizes.chunk) / total  # the past, unpacked, and the chunk
-    if engine.config.packs:  # heads of all lengths; unpacked in single precision, then beside the chunk
-        beside = 4 * full / layers
-    return estimate.plan.kv_bytes(sizes.prompt, batch=rows, itemsize=itemsize) + work + beside + RESERVE
+    token = estimate.activation_bytes / sizes.prompt + 6 * config.hidden_size * itemsize
+    if engine.config is None:
+        total = sizes.prompt + sizes.new
+        # With a mask of the chunk over all slots, in bool and as numbers.
+        work = rows * sizes.chunk * (token + total * (1 + itemsize))
+        return estimate.plan.full_bytes(total, batch=rows, itemsize=itemsize) + work + RESERVE
+    kept = estimate.plan.kv_bytes(sizes.prompt, batch=rows, itemsize=itemsize)
+    layers = estimate.plan.budgets(sizes.prompt, batch=rows, itemsize=itemsize)
+    # The groups become one cache layer by layer: the largest layer lies there twice.
+    return kept * (1 + max(layers) / sum(layers)) + max(TOGETHER, sizes.prompt) * token + RESERVE
 
 
 def batches(loaded: LoadedModel, engine: Engine, sizes: Sizes) -> list[int]:
@@ -112,21 +108,20 @@ def batches(loaded: LoadedModel, engine: Engine, sizes: Sizes) -> list[int]:
     return list(dict.fromkeys(max(1, round(most * (1 - 0.06 * i))) for i in range(STARTS)))
 
 
-def timed(model: Any, ids: Tensor, cache: Any, new: int) -> tuple[float, list[float]]:
-    """When `generate()` was called with a cache that has seen all but the last token, and when each token came."""
+def timed(model: Any, ids: Tensor, new: int, **options: Any) -> list[float]:
+    """When each token of a `generate()` came."""
     clock = Clock()
-    start = time.perf_counter()
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
         max_new_tokens=new,
         min_new_tokens=new,
         do_sample=False,
         pad_token_id=0,
         stopping_criteria=StoppingCriteriaList([clock]),
+        **options,
     )
-    return start, clock.ticks
+    return clock.ticks
 
 
 def generate(model: Any, engine: Engine, sizes: Sizes, rows: int) -> dict[str, Any]:
@@ -137,22 +132,22 @@ def generate(model: Any, engine: Engine, sizes: Sizes, rows: int) -> dict[str, A
     begin = time.perf_counter()
     with contextlib.nullcontext() if engine.config is None else pyramidkv.compress(model, engine.config) as session:
         if session is None:
-            cache: Any = StaticCache(config=model.config, max_cache_len=sizes.prompt + sizes.new)
+            cache = StaticCache(config=model.config, max_cache_len=sizes.prompt + sizes.new)
             at = 0
             with torch.no_grad():
                 for size in even_sizes(sizes.prompt - 1, sizes.chunk):
                     model(ids[:, at : at + size], past_key_values=cache, use_cache=True, logits_to_keep=1)
                     at += size
+            ticks = timed(model, ids, sizes.new, past_key_values=cache)
             held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         else:
-            cache = session.prefill(ids, chunk=sizes.chunk)
+            ticks = timed(model, ids, sizes.new)
             held = session.report().kv_bytes
-        start, ticks = timed(model, ids, cache, sizes.new)
     steady = [b - a for a, b in zip(ticks[WARM_UP:], ticks[WARM_UP + 1 :], strict=False)]
     tpot = statistics.median(steady)
     return {
         "batch": rows, "tokens_per_second": rows / tpot, "tpot_ms": 1e3 * tpot, "tpot_max_ms": 1e3 * max(steady),
-        "prefill_s": start - begin, "warm_up_s": ticks[WARM_UP] - start, "kv_GB": held / 1e9,
+        "ttft_s": ticks[0] - begin, "warm_up_s": ticks[WARM_UP] - ticks[0], "kv_GB": held / 1e9,
         "max_memory_GB": (peak_bytes(model.device) or 0) / 1e9, "tpot_all_ms": [round(1e3 * t, 3) for t in steady],
     }  # fmt: skip
 
@@ -198,7 +193,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--prompt", type=int, default=6144)
     parser.add_argument("--new-tokens", type=int, default=WARM_UP + 24)
-    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--chunk", type=int, default=256, help="of the prompt, for the StaticCache")
     parser.add_argument("--full", type=int, nargs="*", default=[], help="batches of the full cache, largest first")
     parser.add_argument("--compressed", type=int, nargs="*", default=[], help="and of the compressed one")
     parser.add_argument("--method", default="pyramidkv")
@@ -219,7 +214,7 @@ def main() -> None:
         method=options.method, keep=keep, share=options.share, room=sizes.new, decode=graph
     )
     full = pyramidkv.CompressionConfig(method="full", room=sizes.new, decode=graph)
-    slow = 2.5 if captured.packs else 1.1  # codes are unpacked and packed again at every chunk
+    slow = 1.6 if captured.packs else 1.1
     engines = {
         "compressed": [Engine(f"{captured.method}, {captured.describe()}", captured, 90 * slow, 10)],
         "full": [
