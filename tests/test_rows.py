@@ -6,6 +6,7 @@ import torch
 import pyramidkv
 from families import NAMES, model, padded_batch
 from pyramidkv import rows
+from test_decode_graph import steps_anywhere  # noqa: F401
 
 PLAIN = [name for name in NAMES if not name.startswith("gemma3")]
 LENGTHS = (61, 40, 23, 61, 12, 50, 33)
@@ -56,6 +57,28 @@ def test_padded_rows_in_groups(name, grouped, monkeypatch):
     alike(model(name), ids, mask, grouped, monkeypatch, [4], keep=0.4, window=6)
 
 
+@pytest.mark.parametrize("options", [{"bytes": 300_000}, {"share": 0.4}, {"budget": 30}, {"keep": 0.9}], ids=str)
+def test_budgets_are_those_of_the_whole_batch(options, grouped, monkeypatch):
+    ids, mask, _ = padded_batch(LENGTHS)
+    alike(model("llama-4-2-32"), ids, mask, grouped, monkeypatch, [4], window=6, room=20, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "recent": 8}], ids=str)
+def test_groups_fill_the_buffers_of_the_whole(options, steps_anywhere, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(rows.row_groups, "__defaults__", (130,))
+    plain = model("gpt_neox-2-2-80")
+    ids, _, _ = padded_batch((61,) * 7)
+    found = []
+    for decode in ("eager", "graph"):
+        with pyramidkv.compress(plain, decode=decode, keep=0.4, window=6, room=30, **options) as session:
+            for prompt in (ids, ids.flip(1)):
+                found.append(plain.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0))
+                keys = session.cache.layers[0].storage.newest.keys
+                assert keys.untyped_storage().nbytes() == keys.nbytes and len(keys) == 7
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    assert session._graph.captures == (2 if options else 1)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -87,7 +110,7 @@ def test_groups():
     assert rows.row_groups(3, 500, 130) == [slice(0, 1), slice(1, 2), slice(2, 3)]
     assert rows.row_groups(5, 10, 130) == [slice(0, 5)]
     assert rows.row_groups(1, 10**6) == [slice(0, 1)]
-    assert rows.row_groups(8, 6144) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+    assert rows.row_groups(8, 6144) == [slice(0, 4), slice(4, 8)]
 
 
 def test_an_error_in_the_second_group_leaves_an_empty_cache(monkeypatch):

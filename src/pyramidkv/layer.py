@@ -80,6 +80,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.rotary: Rotary | None = None  # for a scorer that moves queries
         self.pool: Pool | None = None  # where buffers come from; None: from torch
         self.expected: list[int] = []  # real tokens that each row's prompt will have, if that was told
+        self.among: tuple[list[int], int] | None = None  # tokens of all rows of a batch to join, first of these rows
         self.prompts: list[int] = []  # real tokens seen of each row after the last forward of several
         self.ring: QueryRing | None = None  # queries of decoded tokens, if a bound is set and the scorer looks at them
         self.full_at = 0  # slots at which to think of evicting while decoding; 0: not known yet
@@ -394,10 +395,11 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.storage is not None:
             positions = torch.cat([self.storage.positions[:, :, : self.storage.length], positions], dim=2)
         final = [max(pair) for pair in zip(self.counts, self.expected or self.counts, strict=True)]
-        allowed = limits(self.plan, self.rank, final, itemsize=self._stored_as(key).itemsize)
+        everyone, at = self.among or (final, 0)
+        allowed = limits(self.plan, self.rank, everyone, itemsize=self._stored_as(key).itemsize)
         available = self.held
-        self.held = [min(n, limit) for n, limit in zip(available, allowed, strict=True)]
-        width = max(self.held)
+        self.held = [min(pair) for pair in zip(available, allowed[at:], strict=False)]
+        width = max(self.held) if self.among is None else max(min(pair) for pair in zip(everyone, allowed, strict=True))
         padded = min(self.held) < width
         if width == slots and not padded and not isinstance(self.storage, PackedStorage):
             if self.plan.config.packs:
@@ -405,7 +407,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             self._keep(key, value, positions, None, padded, available)
             return
         self.settled = self.seen + query.shape[2]
-        index = self._choose(query, key, value, valid, positions, scaling, available)
+        index = self._choose(query, key, value, valid, positions, scaling, available, width)
         self._keep(key, value, positions, index, padded, available)
 
     def make_room(self, new: int) -> None:
@@ -437,7 +439,8 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         available = self.held
         self.held = [min(n, limit) for n, limit in zip(available, allowed, strict=True)]
         padded = min(self.held) < max(self.held)
-        index = self._choose(query, key, value, storage.valid(), positions, self.scaling, available)
+        width = max(self.held)
+        index = self._choose(query, key, value, storage.valid(), positions, self.scaling, available, width)
         if isinstance(storage, PackedStorage):
             self._keep(key, value, positions, index, padded, available)
         else:
@@ -465,6 +468,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         positions: Tensor,
         scaling: float,
         available: list[int],
+        width: int,
     ) -> Tensor:
         """The slots to keep, (B, H, width) as `select` gives them, as many as `held`."""
         if self.scorer is None:
@@ -478,7 +482,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
                     f"method={self.plan.config.method!r}: score() returned {tuple(scores.shape)}; "
                     f"it must be (B, Hkv, K), here {tuple(positions.shape)}"
                 )
-        recent, width = self.plan.config.recent, max(self.held)
+        recent = self.plan.config.recent
         may: Sequence[int] | Tensor = self.held
         if self.plan.config.heads == "adaptive":
             may, width = head_limits(scores, self.held, available, recent, valid), scores.shape[2]
@@ -517,6 +521,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
                 room=config.free,
                 padded=padded,
                 dtype=dtype,
+                pool=self.pool,
             )
         elif index is None:
             self.storage = Storage.whole(key, value, positions, config.free, dtype, self.pool)

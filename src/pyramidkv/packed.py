@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyramidkv.decode.pool import Pool
 from pyramidkv.ops.bitmap import pack_positions, unpack_positions
 from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import PAGE, key_bytes, value_bytes
@@ -39,6 +40,7 @@ class PackedStorage:
         room: int,
         padded: bool,
         dtype: torch.dtype | None = None,
+        pool: Pool | None = None,
     ) -> PackedStorage | Storage:
         """The slots `index` (B, H, N), rising behind -1s, of (B, H, K, *) tensors; all but the newest are packed.
 
@@ -53,12 +55,13 @@ class PackedStorage:
             room: free slots behind the newest.
             padded: some rows or heads keep fewer than `recent` slots.
             dtype: of what is stored as it is; None: theirs.
+            pool: where the buffers of the newest come from; None: from torch.
 
         Returns:
             A plain `Storage` if there is nothing to pack.
         """
         count = index.shape[2] - recent
-        newest = Storage.gather(key, value, positions, index[:, :, max(count, 0) :], room, padded, dtype)
+        newest = Storage.gather(key, value, positions, index[:, :, max(count, 0) :], room, padded, dtype, pool)
         if count <= 0:
             return newest
         if bits == 16:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyramidkv.decode.pool import Buffers, Pool
 from pyramidkv.layer import PyramidKVLayer
 from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import Codes
@@ -22,7 +23,7 @@ from pyramidkv.storage import Storage
 if TYPE_CHECKING:
     from pyramidkv.cache import PyramidKVCache
 
-TOGETHER = 12288  # tokens, padding included: enough to keep a GPU busy
+TOGETHER = 24576  # tokens, padding included: enough to keep a GPU busy
 
 
 def row_groups(rows: int, tokens: int, together: int = TOGETHER) -> list[slice]:
@@ -35,7 +36,8 @@ def row_groups(rows: int, tokens: int, together: int = TOGETHER) -> list[slice]:
 def can_group(cache: PyramidKVCache, inputs: dict[str, Any]) -> bool:
     """Whether a forward with these inputs is a prompt whose rows may go one group after another into an empty cache."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    if not all(isinstance(layer, PyramidKVLayer) and not layer.drafts for layer in cache.layers) or cache.records_past:
+    ours = (isinstance(x, PyramidKVLayer) and not x.drafts and not x.expected for x in cache.layers)
+    if not all(ours) or cache.records_past:
         return False
     if mask is not None and (mask.ndim != 2 or mask.shape != ids.shape):
         return False
@@ -47,24 +49,51 @@ def prefill_rows(
     forward: Callable[..., Any], cache: PyramidKVCache, inputs: dict[str, Any], groups: Sequence[slice]
 ) -> Tensor:
     """Feed a prompt (B, T) to an empty cache, one group of rows after another; returns the logits (B, N, V)."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    counts = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
+    lenders = [Lender(layer.pool, len(ids)) for layer in cache.layers]
     parts, logits = [], []
     for rows in groups:
         part = cache.empty()
-        for layer, whole in zip(part.layers, cache.layers, strict=True):
-            layer.expected = whole.expected[rows]
+        for layer, lender in zip(part.layers, lenders, strict=True):
+            layer.among, layer.pool = (counts, rows.start), lender
         own = {
             name: value[rows] if isinstance(value, Tensor) and value.ndim == 2 and len(value) > 1 else value
             for name, value in inputs.items()
         }
         logits.append(forward(**{**own, "past_key_values": part, "return_dict": True}).logits)
         parts.append(part)
-    for layer in cache.layers:
-        join(layer, [part.layers[layer.layer] for part in parts])
+    for layer, lender in zip(cache.layers, lenders, strict=True):
+        join(layer, [part.layers[layer.layer] for part in parts], lender)
     return torch.cat(logits)
 
 
-def join(layer: PyramidKVLayer, parts: Sequence[PyramidKVLayer]) -> None:
-    """Make an empty layer hold the rows of `parts`, which have seen as many columns each and are left empty."""
+class Lender:
+    """Gives each group of rows, in order, its part of the buffers of the whole batch, where those are to be pooled."""
+
+    def __init__(self, pool: Pool | None, rows: int) -> None:
+        self.pool = pool
+        self.whole: Storage | None = None
+        self._rows = rows
+        self._lent = 0
+
+    def take(self, key: torch.Size, value: torch.Size, dtype: torch.dtype, device: torch.device) -> Buffers:
+        """Buffers for the next rows, of shapes (R, H, C, D) and (R, H, C, Dv) or of a larger C."""
+        if self.whole is None:
+            one = torch.empty(1, 1, 1, 1, dtype=dtype, device=device)
+            like_key, like_value = (one.expand(self._rows, s[1], 1, s[3]) for s in (key, value))
+            self.whole = Storage.allocate(like_key, like_value, key[2], padded=False, pool=self.pool)
+        here = slice(self._lent, self._lent + key[0])
+        self._lent = here.stop
+        keys, values, positions = (t[here] for t in self.whole.buffers())
+        return keys, values, positions
+
+    def lend(self, storage: Storage) -> None:
+        """The whole goes back to the pool, not its parts."""
+
+
+def join(layer: PyramidKVLayer, parts: Sequence[PyramidKVLayer], lender: Lender) -> None:
+    """Make an empty layer hold the rows of `parts`, which have seen as many columns each and hold as many slots."""
     first = parts[0]
     layer.start(sum(len(part.counts) for part in parts))
     layer.seen, layer.scaling = first.seen, first.scaling
@@ -76,11 +105,17 @@ def join(layer: PyramidKVLayer, parts: Sequence[PyramidKVLayer]) -> None:
     if first.ring is not None:
         rings = [part.ring for part in parts if part.ring is not None]
         layer.ring = QueryRing(torch.cat([ring.queries for ring in rings]), first.ring.count)
-    storages = [part.storage for part in parts]
+    storages = [part.storage for part in parts if part.storage is not None]
+    new = lender.whole
+    assert new is not None
+    for name in ("length", "appended"):
+        setattr(new, name, getattr(storages[0].newest, name))
+    new.padded = any(s.newest.padded for s in storages)
+    if new.padded:
+        new.start = (new.positions[:, :, : new.length] < 0).sum(-1, dtype=torch.int32)
+    packed = [s for s in storages if isinstance(s, PackedStorage)]
     for part in parts:
         part.storage = None
-    new = join_storages([s.newest for s in storages if s is not None], layer.pool)
-    packed = [s for s in storages if isinstance(s, PackedStorage)]
     layer.storage = new
     if packed:
         bitmap = torch.cat([s.bitmap for s in packed])
@@ -91,28 +126,6 @@ def _offset(part: PyramidKVLayer) -> Tensor:
     assert part.storage is not None
     empty = torch.zeros(len(part.counts), 1, 1, dtype=torch.int32, device=part.storage.newest.keys.device)
     return empty if part.offset is None else part.offset
-
-
-def join_storages(parts: Sequence[Storage], pool: Any = None) -> Storage:
-    """One storage of the rows of all; a part with fewer slots gets empty ones in front."""
-    width = max(part.length for part in parts)
-    room = max(part.capacity - part.length for part in parts)
-    rows = sum(part.spec.rows for part in parts)
-    key, value = (t[:1].expand(rows, -1, -1, -1) for t in (parts[0].keys, parts[0].values))
-    new = Storage.allocate(key, value, width + room, any(part.padded for part in parts), parts[0].dtype, pool)
-    new.length = width
-    at = 0
-    for part in parts:
-        here = slice(at, at + part.spec.rows)
-        empty = width - part.length
-        for to, source, nothing in zip(new.buffers(), part.buffers(), (0, 0, -1), strict=True):
-            to[here, :, :empty] = nothing
-            to[here, :, empty:width] = source[:, :, : part.length]
-        new.padded |= empty > 0
-        at = here.stop
-    if new.padded:
-        new.start = (new.positions[:, :, :width] < 0).sum(-1, dtype=torch.int32)
-    return new
 
 
 def join_pages(parts: Sequence[Pages]) -> Pages:
