@@ -30,6 +30,8 @@ from pyramidkv.ops.decode_attention import naive as decode_naive
 from pyramidkv.ops.decode_attention import triton as decode
 from pyramidkv.ops.heads import naive as heads_naive
 from pyramidkv.ops.heads import triton as sharing
+from pyramidkv.ops.over_mean import naive as mean_naive
+from pyramidkv.ops.over_mean import triton as meaning
 from pyramidkv.ops.packed_attention import naive as packed_naive
 from pyramidkv.ops.packed_attention import triton as packed
 from pyramidkv.ops.packing import naive as packing_naive
@@ -445,6 +447,9 @@ def check_echo() -> dict[str, float]:
             expected = band_naive.band_scores(query.float(), key.float(), scaling, valid)
             off = error(band.band_scores(query, key, scaling, valid), expected)
             found[f"band {model}"] = max(found.get(f"band {model}", 0.0), off, key=lambda e: (e != e, e))
+            one, two = torch.rand(2, 1, kv_heads, 6143, device="cuda") ** 4
+            off = error(meaning.over_mean(one[..., 99:], two, valid), mean_naive.over_mean(one[..., 99:], two, valid))
+            found["over mean"] = max(found.get("over mean", 0.0), off, key=lambda e: (e != e, e))
     for name, value in found.items():
         print(f"check {name}: {value:.2e} {'ok' if value < 1e-2 else 'WRONG'}", flush=True)
     return found
@@ -471,6 +476,7 @@ def echo_row(model: str, tokens: int, bandwidth: float) -> dict:
         "pass 1": microseconds(
             [lambda s=s, k=k: band.sampled_log_sum_exp(s[0], k, s[4], None) for s, k in zip(sets, back, strict=True)]
         ),
+        "over mean": microseconds([lambda x=x: meaning.over_mean(x[:, :kv_heads], x[:, -kv_heads:]) for x in lse]),
         "pass 2 floor": (heads + kv_heads) * vector,
         "pass 2": microseconds(
             [
@@ -540,7 +546,7 @@ def packed_sets(model: str, rows: int, slots: int, bits: int, ragged: bool = Fal
 
         pages = Pages(
             codes((8 * bits, size), (size,)), codes((size, 8 * bits), (64, size // value_group(size))),
-            first, count, start, not ragged,
+            torch.stack([first, count, start]), not ragged,
         )  # fmt: skip
         query = torch.randn(rows, heads, 1, size, device="cuda", dtype=dtype)
         newest = (torch.randn(rows, kv_heads, 64 + ROOM, size, device="cuda", dtype=dtype) for _ in range(2))
@@ -593,11 +599,12 @@ def packing_sets(model: str, rows: int, slots: int, bits: int, count: int = 3) -
     """Keys and values as views of one projection, every slot of them chosen, and how to pack them."""
     _, kv_heads, size, dtype = MODELS[model]
     index = torch.arange(slots, device="cuda").expand(rows, kv_heads, slots).contiguous()
-    pages = torch.full((rows, kv_heads), slots // 64, device="cuda")
     sets = []
     for _ in range(count):
         fused = torch.randn(rows, slots, kv_heads, 2 * size, device="cuda", dtype=dtype).transpose(1, 2)
-        sets.append((fused[..., :size], fused[..., size:], index, pages, kv_heads * slots // 64, bits))
+        sets.append(
+            (fused[..., :size], fused[..., size:], index, [slots] * rows, 0, kv_heads * slots // 64, bits, False)
+        )
     return sets
 
 
@@ -605,14 +612,19 @@ def check_packing() -> bool:
     """Codes, scales and zero points equal plain torch to the last bit, in heads of unequal numbers of pages too."""
     equal = True
     for model, rows, bits in itertools.product(MODELS, (1, 7), (8, 4, 2)):
-        ((key, value, index, pages, total, _), *_) = packing_sets(model, rows, 1536, bits, 1)
-        used = torch.randint(0, 1537, pages.shape, device="cuda")
+        ((key, value, index, *_, total, _, _), *_) = packing_sets(model, rows, 1536, bits, 1)
+        used = torch.randint(0, 1537, index.shape[:2], dtype=torch.int32, device="cuda")
         ragged = index.masked_fill(torch.arange(1536, device="cuda") < 1536 - used[..., None], -1)
-        for chosen, counts in ((index, pages), (ragged, (used + 63) // 64)):
-            got = packing.pack(key, value, chosen, counts, total, bits)
-            expected = packing_naive.pack(key, value, chosen, counts, total, bits)
-            for mine, theirs in zip(got, expected, strict=True):
+        for chosen, limits, even in (
+            (index, [1536] * rows, True),
+            (index, [1536] * rows, False),
+            (ragged, used, False),
+        ):
+            got = packing.pack(key, value, chosen, limits, 0, total, bits, even)
+            expected = packing_naive.pack(key, value, chosen, limits, 0, total, bits, even)
+            for mine, theirs in zip(got[:2], expected[:2], strict=True):
                 equal &= all(torch.equal(t, theirs.tensors()[name]) for name, t in mine.tensors().items())
+            equal &= torch.equal(got[2], expected[2])
     print(f"check packing: {'equal' if equal else 'WRONG'}", flush=True)
     return equal
 
@@ -626,7 +638,6 @@ def packing_row(model: str, rows: int, slots: int, bits: int, bandwidth: float) 
     sets = packing_sets(model, rows, slots, bits)
     row["kernel"] = microseconds([lambda s=s: packing.pack(*s) for s in sets])
     row["naive"] = microseconds([lambda s=s: packing_naive.pack(*s) for s in sets[:1]])
-    row["Pages.gather"] = microseconds([lambda s=s: Pages.gather(*s[:3], bits, s[4]) for s in sets])
     places = sets[0][2].int()
     row["positions"] = microseconds([lambda: pack_positions(places, sets[0][2], slots)])
     return row

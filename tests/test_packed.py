@@ -99,7 +99,7 @@ def everything(positions):
 def test_the_newest_slots_are_kept_as_they_are():
     key, value, positions = slots_of(2, 2, 150, 32)
     packed = PackedStorage.gather(
-        key, value, positions, everything(positions), 4, recent=20, tokens=300, room=3, padded=False
+        key, value, positions, everything(positions), [150, 150], 4, recent=20, tokens=300, room=3, padded=False
     )
     keys, values = packed.view()
     empty = packed.length - 150
@@ -124,7 +124,7 @@ def test_heads_may_keep_unequal_numbers(bits):
     index = torch.cat([old, torch.arange(180, 190).expand(2, 3, 10)], dim=-1)
     pages = int(((old >= 0).sum(-1) + 63).div(64, rounding_mode="floor").sum(1).max())
     packed = PackedStorage.gather(
-        key, value, positions, index, bits, pages, recent=10, tokens=380, room=2, padded=False
+        key, value, positions, index, limits.int(), bits, pages, recent=10, tokens=380, room=2, padded=False
     )
     assert packed.pages.row_pages == pages
     keys, values = packed.view()
@@ -148,7 +148,7 @@ def test_more_slots_than_pages_is_an_error():
     key, value, positions = slots_of(1, 1, 150, 32)
     with pytest.raises(ValueError, match="pages=2: the heads of a row need 3"):
         PackedStorage.gather(
-            key, value, positions, everything(positions), 4, 2, recent=10, tokens=300, room=0, padded=False
+            key, value, positions, everything(positions), [150], 4, 2, recent=10, tokens=300, room=0, padded=False
         )
 
 

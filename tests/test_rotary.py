@@ -26,7 +26,7 @@ def test_a_query_moved_on_is_the_query_at_that_position(name):
     query = torch.randn(3, 4, 5, size, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([[0, 1, 2, 50, 90]]).expand(3, 5)
     distance = torch.tensor([0, 7, 61])
-    moved = Rotary.of(plain.config).turn(by_the_model(plain, query, positions), distance)
+    moved = Rotary.of(plain.config).turn(by_the_model(plain, query, positions), distance.tolist())
     expected = by_the_model(plain, query, positions + distance[:, None])
     assert (moved - expected).abs().max() < 2e-5
     assert distance[2] == 0 or (moved[2] - by_the_model(plain, query, positions)[2]).abs().max() > 0.1

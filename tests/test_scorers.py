@@ -19,7 +19,11 @@ def observation(query=None, key=None, valid=None, positions=None, layer=0, frequ
     if positions is None:
         positions = torch.arange(key.shape[2], dtype=torch.int32).expand(*key.shape[:3])
     rotary = Rotary(torch.tensor(frequencies, dtype=torch.float32))
-    return Observation(query, key, key, 1.0, valid, positions, layer, rotary=rotary)
+    return Observation(query, key, key, 1.0, valid, positions, tokens_of(positions), layer, rotary=rotary)
+
+
+def tokens_of(positions):
+    return (positions.amax((1, 2)) + 1).tolist()
 
 
 def score(method, seen, **options):
@@ -92,7 +96,8 @@ def test_echo_is_its_definition(heads, kv_heads, tokens, new):
     expected = torch.maximum(again / again.mean(-1, keepdim=True), last / last.mean(-1, keepdim=True))
 
     def found(query, key, valid, positions):
-        seen = Observation(query, key, key, scaling, valid, positions, 0, rotary=Rotary(torch.tensor(frequencies)))
+        rotary = Rotary(torch.tensor(frequencies))
+        seen = Observation(query, key, key, scaling, valid, positions, tokens_of(positions), 0, rotary=rotary)
         return METHODS["echo"].scorer(CompressionConfig(method="echo", budget=40, window=window)).score(seen)
 
     positions = torch.arange(tokens, dtype=torch.int32).expand(1, kv_heads, tokens)

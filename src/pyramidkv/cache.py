@@ -56,13 +56,13 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
         self._model_config = model_config.get_text_config(decoder=True)
         make_scorer = METHODS[self.config.method].scorer
         compressed = self.plan.shape.compressed
+        rotary = Rotary.of(self._model_config) if getattr(make_scorer, "moves", False) else None
         layers: list[CacheLayerMixin] = []
         for index, shape in enumerate(self.plan.shape.layers):
             if shape.sliding_window is None:
                 scorer = None if make_scorer is None else make_scorer(self.config)
                 layer = PyramidKVLayer(index, compressed.index(index), self.plan, scorer)
-                if scorer is not None and scorer.moves:
-                    layer.rotary = Rotary.of(self._model_config)
+                layer.rotary = rotary
                 layers.append(layer)
             else:
                 layers.append(SlidingLayer(sliding_window=shape.sliding_window))

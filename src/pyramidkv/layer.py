@@ -404,11 +404,11 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         if width == slots and not padded and not isinstance(self.storage, PackedStorage):
             if self.plan.config.packs:
                 self.settled = self.seen + query.shape[2]
-            self._keep(key, value, positions, None, padded, available)
+            self._keep(key, value, positions, None, self.held, padded, available)
             return
         self.settled = self.seen + query.shape[2]
-        index = self._choose(query, key, value, valid, positions, scaling, available, width)
-        self._keep(key, value, positions, index, padded, available)
+        chosen = self._choose(query, key, value, valid, positions, scaling, available, width)
+        self._keep(key, value, positions, *chosen, padded, available)
 
     def make_room(self, new: int) -> None:
         """Before `new` tokens are added while decoding: evict, if that many would be too many for `slack`."""
@@ -440,9 +440,10 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.held = [min(n, limit) for n, limit in zip(available, allowed, strict=True)]
         padded = min(self.held) < max(self.held)
         width = max(self.held)
-        index = self._choose(query, key, value, storage.valid(), positions, self.scaling, available, width)
+        valid = storage.valid()
+        index, each = self._choose(query, key, value, valid, positions, self.scaling, available, width)
         if isinstance(storage, PackedStorage):
-            self._keep(key, value, positions, index, padded, available)
+            self._keep(key, value, positions, index, each, padded, available)
         else:
             storage.keep(index, padded)
         if self.ring is not None:
@@ -469,13 +470,15 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         scaling: float,
         available: list[int],
         width: int,
-    ) -> Tensor:
-        """The slots to keep, (B, H, width) as `select` gives them, as many as `held`."""
+    ) -> tuple[Tensor, Sequence[int] | Tensor]:
+        """The slots to keep, (B, H, width) as `select` gives them, as many as `held`; and how many, as it was told."""
         if self.scorer is None:
             scores = positions.float()  # nothing is dropped but padding: any finite score will do
         else:
             first = first_head(self.plan.shape.layers[self.layer].kv_heads, key.shape[1])
-            seen = Observation(query, key, value, scaling, valid, positions, self.layer, first, self.rotary)
+            seen = Observation(
+                query, key, value, scaling, valid, positions, self.counts, self.layer, first, self.rotary
+            )
             scores = self.scorer.score(seen)
             if scores.shape != positions.shape:
                 raise ConfigError(
@@ -483,10 +486,10 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
                     f"it must be (B, Hkv, K), here {tuple(positions.shape)}"
                 )
         recent = self.plan.config.recent
-        may: Sequence[int] | Tensor = self.held
+        each: Sequence[int] | Tensor = self.held
         if self.plan.config.heads == "adaptive":
-            may, width = head_limits(scores, self.held, available, recent, valid), scores.shape[2]
-        return select(scores, may, width, recent=recent, valid=valid, finite=True)
+            each, width = head_limits(scores, self.held, available, recent, valid), scores.shape[2]
+        return select(scores, each, width, recent=recent, valid=valid, finite=True), each
 
     def _stored_as(self, like: Tensor) -> torch.dtype:
         name = self.plan.config.kv_dtype
@@ -499,10 +502,11 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         value: Tensor,
         positions: Tensor,
         index: Tensor | None,
+        each: Sequence[int] | Tensor,
         padded: bool,
         available: list[int],
     ) -> None:
-        """Store the slots `index`, or all."""
+        """Store the slots `index`, `each` of a row or head, or all."""
         config, dtype = self.plan.config, self._stored_as(key)
         even = not isinstance(self.storage, PackedStorage)
         self.storage = None  # the old buffers may go before the new ones are made
@@ -514,6 +518,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
                 value,
                 positions,
                 index,
+                each,
                 config.bits,
                 shared_pages(config, key.shape[1], self.held, available, even),
                 recent=config.recent,

@@ -6,6 +6,8 @@ Seen from outside, the slots of a row and head are in the order of their positio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ class PackedStorage:
         value: Tensor,
         positions: Tensor,
         index: Tensor,
+        limits: Sequence[int] | Tensor,
         bits: int,
         pages: int | None = None,
         *,
@@ -47,6 +50,7 @@ class PackedStorage:
         Args:
             key, value, positions: all slots; positions below `tokens`, -1 for an empty slot.
             index: the slots to keep, the newest `recent` of each row and head among them.
+            limits: how many those are, as `select` was told them.
             bits: of a number in pages; 16 stores it in `dtype`.
             pages: of the heads of a row together, each taking what its slots need; None: what N slots need, in each
                 head.
@@ -67,7 +71,8 @@ class PackedStorage:
         if bits == 16:
             key, value = (t.detach().to(newest.dtype) for t in (key, value))
         old = index[:, :, :count]
-        return cls(Pages.gather(key, value, old, bits, pages), pack_positions(positions, old, tokens), newest)
+        packed = Pages.gather(key, value, old, limits, recent, bits, pages)
+        return cls(packed, pack_positions(positions, old, tokens), newest)
 
     @property
     def newest(self) -> Storage:

@@ -5,6 +5,7 @@ A rotated query at position p, turned by the angles of distance t, is the query 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class Rotary:
 
     def __init__(self, frequencies: Tensor) -> None:
         self.frequencies = frequencies
-        self._copies: dict[torch.device, Tensor] = {}
+        # The last angles, of a device and distances: all layers of a forward ask for the same.
+        self._last: tuple[object, Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, model_config: Any) -> Rotary:
@@ -42,13 +44,16 @@ class Rotary:
         exponent = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
         return cls(1.0 / parameters["rope_theta"] ** exponent)
 
-    def turn(self, query: Tensor, distance: Tensor) -> Tensor:
-        """(B, H, Q, D) rotated queries moved on by `distance` (B,) tokens; the first R channels, in halves."""
-        angle = distance[:, None] * self._on(distance.device)
-        return turn(query, angle.cos(), angle.sin())
+    def turn(self, query: Tensor, distance: Sequence[int]) -> Tensor:
+        """(B, H, Q, D) rotated queries moved on by `distance` tokens, a number for each row; R channels, in halves."""
+        return turn(query, *self._angles(distance, query.device))
 
-    def _on(self, device: torch.device) -> Tensor:
-        """The frequencies in float64 on a device, copied there once: the host would wait for each copy."""
-        if device not in self._copies:
-            self._copies[device] = self.frequencies.to(device, torch.float64, non_blocking=True)
-        return self._copies[device]
+    def _angles(self, distance: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (B, R / 2) float32 each."""
+        of, last = (device, tuple(distance)), self._last
+        if last is None or last[0] != of:
+            angle = torch.tensor(distance, dtype=torch.float64)[:, None] * self.frequencies.double()
+            # Not pinned: so small a copy is taken along at once, and new pinned memory would have to wait.
+            cos, sin = torch.stack([angle.cos(), angle.sin()]).float().to(device, non_blocking=True)
+            last = self._last = of, cos, sin
+        return last[1:]

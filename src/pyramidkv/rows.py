@@ -131,8 +131,7 @@ def _offset(part: PyramidKVLayer) -> Tensor:
 def join_pages(parts: Sequence[Pages]) -> Pages:
     """The pages of the rows of all, which have as many pages a row each."""
     keys, values = (_join_codes([getattr(part, name) for part in parts]) for name in ("keys", "values"))
-    begin, count, start = (torch.cat([getattr(part, name) for part in parts]) for name in ("first", "count", "start"))
-    return Pages(keys, values, begin, count, start, parts[0].even)
+    return Pages(keys, values, torch.cat([part.layout for part in parts], dim=1), parts[0].even)
 
 
 def _join_codes(parts: Sequence[Codes]) -> Codes:

@@ -141,8 +141,7 @@ def _pages(tensors: Tensors, facts: Facts) -> Pages:
         Codes(tensors[f"{kind}.codes"], tensors.get(f"{kind}.scale"), tensors.get(f"{kind}.zero"), facts["bits"])
         for kind in ("pages.keys", "pages.values")
     )
-    first, count, start = (tensors[f"pages.{name}"] for name in ("first", "count", "start"))
-    return Pages(keys, values, first, count, start, facts["even"])
+    return Pages(keys, values, tensors["pages.layout"], facts["even"])
 
 
 def _dump_sliding(layer: SlidingLayer) -> tuple[Tensors, Facts]:

@@ -6,15 +6,17 @@ To add one: a class with `score`, and `@register("name", schedule=...)` above it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, max_pool1d, pad
+from torch.nn.functional import avg_pool1d, max_pool1d
 
 from pyramidkv.config import CompressionConfig
 from pyramidkv.methods import register
 from pyramidkv.ops.band_scores import band_scores
+from pyramidkv.ops.over_mean import over_mean
 from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores import window_scores
 from pyramidkv.rotary import Rotary
@@ -30,6 +32,7 @@ class Observation:
     scaling: float
     valid: Tensor | None  # (B, K) or (B, Hkv, K) bool, False for padding and empty slots; None: all real
     positions: Tensor  # (B, Hkv, K) int32: index of each key's token among the real tokens of its row; -1 empty
+    tokens: Sequence[int]  # real tokens of each row so far: the newest is at position tokens - 1
     layer: int  # index of the layer in the model
     first_head: int = 0  # index in the model of the first KV head; tensor parallelism gives each process some of them
     rotary: Rotary | None = None  # for scorers that move queries
@@ -64,7 +67,9 @@ class WindowScorer(Scorer):
     def score(self, seen: Observation) -> Tensor:
         window = min(self.config.window, seen.query.shape[2])
         scores = self._attention(seen.query[:, :, -window:], seen)
-        if seen.valid is None or self.config.kernel == 1:
+        if self.config.kernel == 1:
+            return scores
+        if seen.valid is None:
             return self._pooled(scores, None)
         # Padding between two turns must not part neighbours: all empty slots to the front, and back after the pooling.
         real = by_head(seen.valid)
@@ -118,21 +123,9 @@ class EchoScorer(WideWindowScorer):
         assert seen.rotary is not None
         new = seen.query.shape[2]
         valid = None if seen.valid is None else seen.valid[..., -new:]
-        # Moving all keys back is moving all queries on; there may be fewer keys.
-        back = seen.rotary.turn(seen.key[:, :, -new:], -1 - seen.positions.amax((1, 2)))
-        again = band_scores(seen.query, back, seen.scaling, valid)
-        again = pad(again, (seen.key.shape[2] - new, 0))  # of older keys nothing has asked now
-        return torch.maximum(_over_mean(again, seen.valid), _over_mean(super().score(seen), seen.valid))
-
-
-def _over_mean(scores: Tensor, valid: Tensor | None) -> Tensor:
-    """Each score as a multiple of the mean of its head, (B, H, K)."""
-    least = torch.finfo(torch.float32).tiny
-    if valid is None:
-        return scores / scores.mean(-1, keepdim=True).clamp(min=least)
-    real = by_head(valid)
-    shown = scores.masked_fill(~real, 0.0)
-    return shown / (shown.sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1)).clamp(min=least)
+        # Moving all keys back is moving all queries on; there may be fewer keys. Of older keys nothing has asked now.
+        back = seen.rotary.turn(seen.key[:, :, -new:], [-tokens for tokens in seen.tokens])
+        return over_mean(band_scores(seen.query, back, seen.scaling, valid), super().score(seen), seen.valid)
 
 
 @register("h2o")

@@ -7,6 +7,7 @@ any batch: the empty slots, `start` of them, lie at the front of a head's first 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,34 +24,46 @@ class Pages:
 
     keys: Codes  # of (B, pages, 64, D)
     values: Codes  # of (B, pages, 64, Dv)
-    first: Tensor  # (B, H) int32: a head's first page in its row
-    count: Tensor  # (B, H) int32: its pages
-    start: Tensor  # (B, H) int32: empty slots in front of its first token
+    layout: Tensor  # (3, B, H) int32: `first`, `count` and `start`
     even: bool  # all heads have the same number of pages, and those of a row the same slots in use
 
     @classmethod
-    def gather(cls, key: Tensor, value: Tensor, index: Tensor, bits: int, pages: int | None = None) -> Pages:
+    def gather(
+        cls,
+        key: Tensor,
+        value: Tensor,
+        index: Tensor,
+        limits: Sequence[int] | Tensor,
+        recent: int,
+        bits: int,
+        pages: int | None = None,
+    ) -> Pages:
         """Pages of the slots `index` (B, H, W) of (B, H, K, *) keys and values; -1s, in front, for none.
 
-        With `pages`, each head gets those that its slots need, and a row has room for that many. Without, every head
-        gets the pages that W slots need. Nothing is read back from the device.
+        `limits` says how many there are, one number a row or (B, H) int32, `recent` others of each head included, which
+        go elsewhere. With `pages`, each head gets those that its slots need, and a row has room for that many. Without,
+        every head gets the pages that W slots need. Nothing is read back from the device.
         """
-        rows, heads, width = index.shape
-        device = index.device
-        used = (index >= 0).sum(-1)
-        each = -(-width // PAGE)
         even = pages is None
         if pages is None:
-            pages = heads * each
-            count = torch.full_like(used, each)
-        else:
-            count = (used + PAGE - 1) // PAGE
-            if device.type == "cpu" and rows and int(count.sum(1).max()) > pages:  # elsewhere looking would take time
-                raise ValueError(f"pages={pages}: the heads of a row need {int(count.sum(1).max())}")
-        first = count.cumsum(-1) - count
-        keys, values = pack(key.detach(), value.detach(), index, count, pages, bits)
-        first, count, start = (t.to(torch.int32) for t in (first, count, count * PAGE - used))
-        return cls(keys, values, first, count, start, even)
+            pages = index.shape[1] * -(-index.shape[2] // PAGE)
+        keys, values, layout = pack(key.detach(), value.detach(), index, limits, recent, pages, bits, even)
+        return cls(keys, values, layout, even)
+
+    @property
+    def first(self) -> Tensor:
+        """(B, H) int32: a head's first page in its row."""
+        return self.layout[0]
+
+    @property
+    def count(self) -> Tensor:
+        """(B, H) int32: pages of a head."""
+        return self.layout[1]
+
+    @property
+    def start(self) -> Tensor:
+        """(B, H) int32: empty slots in front of a head's first token."""
+        return self.layout[2]
 
     @property
     def bits(self) -> int:
@@ -65,7 +78,7 @@ class Pages:
     @cached_property
     def most(self) -> int:
         """Pages of the head that has most; where heads differ, this is read back from the device, once."""
-        return self.row_pages // self.first.shape[1] if self.even else int(self.count.max())
+        return self.row_pages // self.layout.shape[2] if self.even else int(self.count.max())
 
     def valid(self) -> Tensor:
         """(B, H, 64 * most) bool, False for empty slots."""
@@ -74,7 +87,7 @@ class Pages:
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values as (B, H, 64 * most, *), each head's slots at its end; the empty ones are finite."""
-        rows, heads = self.first.shape
+        _, rows, heads = self.layout.shape
         if self.even:
             keys, values = dequantize_keys(self.keys, dtype), dequantize_values(self.values, dtype)
             return tuple(t.reshape(rows, heads, -1, t.shape[-1]) for t in (keys, values))  # type: ignore[return-value]
@@ -87,11 +100,11 @@ class Pages:
 
     def rows(self, index: Tensor) -> Pages:
         """A copy with the rows `index` (N,), in that order."""
-        first, count, start = (t.index_select(0, index.to(t.device)) for t in (self.first, self.count, self.start))
-        return Pages(self.keys.rows(index), self.values.rows(index), first, count, start, self.even)
+        layout = self.layout.index_select(1, index.to(self.layout.device))
+        return Pages(self.keys.rows(index), self.values.rows(index), layout, self.even)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, by name."""
         codes = {"keys": self.keys, "values": self.values}
         named = {f"{kind}.{name}": t for kind, c in codes.items() for name, t in c.tensors().items()}
-        return named | {"first": self.first, "count": self.count, "start": self.start}
+        return named | {"layout": self.layout}

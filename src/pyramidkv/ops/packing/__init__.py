@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from pyramidkv.ops import kernels
@@ -11,16 +13,25 @@ from pyramidkv.ops.quantize import Codes, value_group
 __all__ = ["pack"]
 
 
-def pack(key: Tensor, value: Tensor, index: Tensor, count: Tensor, pages: int, bits: int) -> tuple[Codes, Codes]:
-    """Pages of codes of the slots `index` of keys and values.
+def pack(
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    limits: Sequence[int] | Tensor,
+    recent: int,
+    pages: int,
+    bits: int,
+    even: bool,
+) -> tuple[Codes, Codes, Tensor]:
+    """Pages of codes of the slots `index` of keys and values, and where they lie.
 
     The definition and the arguments are those of `naive.pack`; the kernel's result is the same to the last bit.
     """
     whole_words = all(value_group(t.shape[-1]) % 4 == 0 for t in (key, value))
     readable = key.dtype == value.dtype and key.dtype in kernels.READ
-    if whole_words and readable and index.numel() and kernels.why_no_triton(key.device) is None:
+    if whole_words and readable and pages and index.numel() and kernels.why_no_triton(key.device) is None:
         from pyramidkv.ops.packing import triton
 
         with kernels.on(key.device):
-            return triton.pack(key, value, index, count, pages, bits)
-    return naive.pack(key, value, index, count, pages, bits)
+            return triton.pack(key, value, index, limits, recent, pages, bits, even)
+    return naive.pack(key, value, index, limits, recent, pages, bits, even)

@@ -9,6 +9,8 @@ holds whole: nothing is exchanged byte by byte. One warp needs no barriers, so a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from pyramidkv.ops.kernels import dense, parts, power_of_two
 from pyramidkv.ops.quantize import PAGE, Codes, value_group
+from pyramidkv.ops.select.naive import spread
 
 _TINY = tl.constexpr(2.0**-14)  # the least normal float16
 # 1.5 * 2^23: what is added to it is rounded to a whole number, halves to even, which is in the lowest bits of the sum.
@@ -152,21 +155,32 @@ def _values(base, index, column, width, stride, codes, scale, zero, PIECE: tl.co
         tl.store(where, word, mask=(tl.arange(0, 2 * BITS) >= 0)[:, None] & (channel < GROUP)[None, :])
 
 
-@triton.jit(do_not_specialize=["width", "pages"])
+@triton.jit(do_not_specialize=["width", "pages", "limit", "recent"])
 def pack_kernel(
-    key, value, index, count, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero,
-    skb, skh, skn, svb, svh, svn, sib, sih, heads, width, pages, HEADS: tl.constexpr,
+    key, value, index, limits, layout, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero,
+    skb, skh, skn, svb, svh, svn, sib, sih, slb, slh, limit, recent,
+    heads, width, pages, HEADS: tl.constexpr,
     SIZE: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, BITS: tl.constexpr,
     V_SIZE: tl.constexpr, V_GROUP: tl.constexpr, V_FIRST: tl.constexpr, V_REST: tl.constexpr,
-    PIECE: tl.constexpr,
+    PIECE: tl.constexpr, EVEN: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """(pages * groups of keys and values, B) programs."""
+    """(pages * groups of keys and values, B) programs; the first of each row also writes where the pages lie."""
     GROUPS: tl.constexpr = SIZE // GROUP
     V_GROUPS: tl.constexpr = V_SIZE // V_GROUP
     group = tl.program_id(0) % (GROUPS + V_GROUPS)
     page, row = tl.program_id(0) // (GROUPS + V_GROUPS), tl.program_id(1).to(tl.int64)
     head_lane = tl.arange(0, HEADS)
-    last = tl.cumsum(tl.load(count + row * heads + head_lane, mask=head_lane < heads, other=0).to(tl.int32), 0)
+    if EACH:
+        limit = tl.load(limits + row * slb + head_lane * slh, mask=head_lane < heads, other=0)
+    used = tl.maximum(limit - recent, 0)
+    count = tl.where(head_lane < heads, tl.cdiv(width if EVEN else used, 64), 0)
+    last = tl.cumsum(count, 0)
+    if tl.program_id(0) == 0:
+        layout += row * heads + head_lane
+        rows = tl.num_programs(1)
+        tl.store(layout, last - count, mask=head_lane < heads)
+        tl.store(layout + rows * heads, count, mask=head_lane < heads)
+        tl.store(layout + 2 * rows * heads, count * 64 - used, mask=head_lane < heads)
     owner = tl.minimum(tl.sum(((last <= page) & (head_lane < heads)).to(tl.int32), 0), heads - 1)
     column = width - 64 * (tl.sum(tl.where(head_lane == owner, last, 0), 0) - page)
     at = row * pages + page
@@ -198,8 +212,17 @@ def pack_kernel(
             )  # fmt: skip
 
 
-def pack(key: Tensor, value: Tensor, index: Tensor, count: Tensor, pages: int, bits: int) -> tuple[Codes, Codes]:
-    """As `naive.pack`, for groups of channels (`value_group`) that are a multiple of 4."""
+def pack(
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    limits: Sequence[int] | Tensor,
+    recent: int,
+    pages: int,
+    bits: int,
+    even: bool,
+) -> tuple[Codes, Codes, Tensor]:
+    """As `naive.pack`, for groups of channels (`value_group`) that are a multiple of 4, and at least one page."""
     rows, heads, width = index.shape
     key, value, index = dense(key), dense(value), dense(index)
     sizes = key.shape[-1], value.shape[-1]
@@ -207,15 +230,18 @@ def pack(key: Tensor, value: Tensor, index: Tensor, count: Tensor, pages: int, b
     (first, rest), (v_first, v_rest) = parts(group), parts(v_group)
     keys = _empty(key, (rows, pages), bits, (8 * bits, sizes[0]), sizes[:1])
     values = _empty(value, (rows, pages), bits, (sizes[1], 8 * bits), (PAGE, sizes[1] // v_group))
-    if rows and pages:
-        pack_kernel[(pages * (sizes[0] // group + sizes[1] // v_group), rows)](
-            key, value, index, count.contiguous(), *_arguments(keys), *_arguments(values),
-            *key.stride()[:3], *value.stride()[:3], *index.stride()[:2], heads, width, pages,
-            HEADS=power_of_two(heads), SIZE=sizes[0], GROUP=group, FIRST=first, REST=rest, BITS=bits,
-            V_SIZE=sizes[1], V_GROUP=v_group, V_FIRST=v_first, V_REST=v_rest,
-            PIECE=max(16, v_group & -v_group), num_warps=warps(max(group, v_group), key.itemsize), maxnreg=REGISTERS,
-        )  # fmt: skip
-    return keys, values
+    layout = torch.empty(3, rows, heads, dtype=torch.int32, device=key.device)
+    limit, each = spread(limits, heads, key.device)
+    pack_kernel[(pages * (sizes[0] // group + sizes[1] // v_group), rows)](
+        key, value, index, layout if each is None else each, layout, *_arguments(keys), *_arguments(values),
+        *key.stride()[:3], *value.stride()[:3], *index.stride()[:2], *(0, 0) if each is None else each.stride(),
+        limit, recent, heads, width, pages,
+        HEADS=power_of_two(heads), SIZE=sizes[0], GROUP=group, FIRST=first, REST=rest, BITS=bits,
+        V_SIZE=sizes[1], V_GROUP=v_group, V_FIRST=v_first, V_REST=v_rest,
+        PIECE=max(16, v_group & -v_group), EVEN=even, EACH=each is not None,
+        num_warps=warps(max(group, v_group), key.itemsize), maxnreg=REGISTERS,
+    )  # fmt: skip
+    return keys, values, layout
 
 
 def _empty(like: Tensor, pages: tuple[int, int], bits: int, codes: tuple[int, int], scales: tuple[int, ...]) -> Codes:

@@ -65,3 +65,12 @@ def row_limits(limits: Sequence[int], device: torch.device) -> Tensor:
     """One number a row, (B,) int32 on the device."""
     # Not pinned: so small a copy is taken along at once, and new pinned memory would have to wait for the device.
     return torch.tensor(limits, dtype=torch.int32).to(device, non_blocking=True)
+
+
+def spread(limits: Sequence[int] | Tensor, heads: int, device: torch.device) -> tuple[int, Tensor | None]:
+    """Limits as a kernel takes them: one number for all rows, or (B, H) int32 on the device."""
+    if isinstance(limits, Tensor):
+        return 0, limits
+    if min(limits) == max(limits):
+        return limits[0], None
+    return 0, row_limits(limits, device)[:, None].expand(-1, heads)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyramidkv.ops.kernels import dense, power_of_two
-from pyramidkv.ops.select.naive import row_limits
+from pyramidkv.ops.select.naive import spread
 from pyramidkv.ops.valid import by_head
 
 WHOLE = 32768  # most slots that a program keeps in registers
@@ -188,20 +188,15 @@ def select(
         return out
     scores = dense(scores)
     blocks = blocks or choose(slots)
-    limit, each = 0, scores  # the latter is not read
-    if isinstance(limits, Tensor):
-        each = limits
-    elif min(limits) == max(limits):
-        limit = limits[0]
-    else:
-        each = row_limits(limits, scores.device)[:, None].expand(batch, heads)
+    limit, each = spread(limits, heads, scores.device)
     mask = None if valid is None else by_head(valid).contiguous().expand(scores.shape).view(torch.uint8)
     select_kernel[(batch * heads,)](
-        scores, scores if mask is None else mask, each, out,
-        *scores.stride()[:2], *(0, 0) if mask is None else mask.stride()[:2], *each.stride()[:2], heads, slots,
+        scores, scores if mask is None else mask, scores if each is None else each, out,
+        *scores.stride()[:2], *(0, 0) if mask is None else mask.stride()[:2],
+        *(0, 0) if each is None else each.stride(), heads, slots,
         limit, width, max(slots - recent, 0) if mask is None else recent,
         BLOCK=blocks.block, STEP=min(blocks.block, blocks.step), TAIL=min(blocks.block, 1024),
-        WHOLE=blocks.block >= slots, HAS_VALID=mask is not None, FINITE=finite, EACH=each is not scores,
+        WHOLE=blocks.block >= slots, HAS_VALID=mask is not None, FINITE=finite, EACH=each is not None,
         num_warps=blocks.warps,
     )  # fmt: skip
     return out
