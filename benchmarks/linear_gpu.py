@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional
 
@@ -71,34 +72,24 @@ LLAMA = Model(
 MODELS = (PYTHIA, LLAMA)
 
 
-def dot(rows: int, wide: int, ahead: int, splits: int, *, last: bool = False, overlap: bool = True) -> Blocks:
-    return Blocks(rows, 4 if rows >= 64 else 2, ahead, True, wide, splits, overlap, last)
+# One row: rows, warps.
+VECTORS = {2560: [(2, 2), (8, 2)], 10240: [(2, 4), (2, 8)], 4096: [(2, 4), (1, 4)], 14336: [(1, 8), (4, 8)]}
+# Several rows: rows, warps, steps ahead, channels a step and warp.
+SHARED = [
+    (16, 4, 4, 128),
+    (16, 4, 8, 64),
+    (16, 4, 6, 64),
+    (16, 8, 6, 64),
+    (32, 4, 6, 64),
+    (32, 4, 4, 64),
+    (32, 8, 3, 64),
+]
+SPLIT = [(64, 4, 6, 128), (64, 4, 8, 128), (64, 4, 4, 256), (64, 4, 2, 128)]  # channels a step; so many splits:
 
 
-# One row: rows, warps, ahead.
-VECTORS = {
-    2560: [(4, 2, 5), (2, 2, 5), (8, 2, 2), (1, 2, 5), (4, 1, 10), (8, 2, 5)],
-    10240: [(4, 8, 5), (2, 4, 10), (2, 8, 5), (1, 4, 10), (1, 8, 5), (4, 4, 3)],
-    4096: [(4, 4, 4), (2, 4, 4), (8, 4, 2), (4, 2, 8), (2, 2, 8), (1, 4, 4)],
-    14336: [(2, 8, 7), (1, 8, 7), (4, 8, 3), (1, 4, 14), (4, 8, 7)],
-}
-# Several rows: rows, channels a step, steps ahead, splits.
-DOTS = {
-    (7680, 2560): [(64, 128, 4, 2), (64, 128, 4, 1), (64, 128, 3, 2), (64, 128, 6, 1), (64, 128, 3, 4),
-     (32, 128, 4, 1)],
-    (2560, 2560): [(64, 128, 4, 4), (64, 128, 4, 5), (64, 128, 3, 7), (64, 128, 4, 3), (32, 128, 4, 2),
-     (32, 128, 4, 3)],
-    (10240, 2560): [(64, 128, 4, 1), (64, 128, 4, 2), (64, 128, 3, 2), (64, 128, 6, 1), (64, 128, 2, 2),
-     (32, 128, 4, 1)],
-    (2560, 10240): [(64, 128, 4, 4), (64, 128, 4, 6), (64, 128, 3, 8), (64, 128, 6, 3), (32, 128, 4, 3),
-     (64, 256, 2, 5)],
-    (50304, 2560): [(64, 128, 4, 1), (64, 128, 3, 1), (64, 128, 2, 1), (128, 64, 4, 1), (128, 128, 2, 1)],
-    (4096, 4096): [(64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 3, 6), (64, 128, 6, 2), (32, 128, 4, 2)],
-    (1024, 4096): [(64, 128, 4, 8), (64, 128, 4, 16), (32, 128, 4, 4), (32, 128, 4, 8)],
-    (14336, 4096): [(64, 128, 4, 1), (64, 128, 3, 1), (64, 128, 6, 1), (64, 128, 3, 2), (32, 128, 4, 1)],
-    (4096, 14336): [(64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 3, 6), (64, 128, 6, 2), (32, 128, 4, 2)],
-    (128256, 4096): [(64, 128, 4, 1), (64, 128, 3, 1), (128, 64, 4, 1)],
-}  # fmt: skip
+def splits(outputs: int) -> tuple[int, ...]:
+    tiles = triton.cdiv(outputs, 64)
+    return (1, 2) if 132 < tiles <= 198 else (max(1, 132 // tiles),)
 
 
 def variants(rows: int, outputs: int, channels: int) -> dict[str, Blocks]:
@@ -106,16 +97,13 @@ def variants(rows: int, outputs: int, channels: int) -> dict[str, Blocks]:
     chosen = kernel.choose(rows, outputs, channels, True)
     found = {"chosen": chosen, "one after the other": dataclasses.replace(chosen, overlap=False)}
     if rows == 1:
-        for r, warps, ahead in VECTORS[channels]:
-            found[f"{r} rows, {warps} warps, {ahead} ahead"] = Blocks(r, warps, ahead, overlap=True)
-        r, wide, ahead, splits = DOTS[outputs, channels][0]
-        found[f"dot {r} x {wide}, {ahead} ahead, {splits} splits"] = dot(r, wide, ahead, splits)
-        return found
-    for r, wide, ahead, splits in DOTS[outputs, channels]:
-        found[f"{r} x {wide}, {ahead} ahead, {splits} splits"] = dot(r, wide, ahead, splits)
-    r, wide, ahead, splits = DOTS[outputs, channels][0]
-    if splits > 1:
-        found["chosen, last adds"] = dataclasses.replace(chosen, last=True)
+        tried = [Blocks(*options, overlap=True) for options in VECTORS[channels]]
+    else:
+        tried = [Blocks(*options, overlap=True) for options in SHARED]
+        tried += [Blocks(*options, count, True) for options in SPLIT for count in splits(outputs)]
+    for blocks in tried:
+        if blocks != chosen:
+            found[", ".join(str(part) for part in dataclasses.astuple(blocks)[:-1])] = blocks
     return found
 
 

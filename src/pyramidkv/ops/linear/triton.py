@@ -1,10 +1,13 @@
 """The same as `naive.py`, bound by the reading of the weight alone.
 
-One row of x: each program takes a few rows of the weight, whole, and its threads keep so many of their 16-byte loads
-under way that all multiprocessors together cover the memory's latency; every thread has the same channels of each row,
-so that x is read once a program and sums cross the warps once, at the end. More rows: tiles of the weight are the tall
-operand of the tensor cores, x padded to 16 rows the other; where the weight has too few rows to occupy the device its
-channels are split over several programs, whose sums a second kernel adds in order.
+One row of x: each program takes a few rows of the weight, whole, and its threads ask for all of them at once: enough is
+under way on all multiprocessors to cover the latency of the memory. Every thread has the same channels of each row, so
+that x is read once a program and sums cross the warps once, at the end.
+
+More rows: the weight is the tall operand of the tensor cores, x padded to 8 or 16 rows the other. The warps of a program
+share its rows of the weight and split the channels, a step's lying side by side; their sums meet at the end. With
+`splits`, tiles of 64 rows are multiplied by all warps together, and channels are split over programs, whose sums a
+second kernel adds in order.
 
 A program asks for its first weights before it waits for the kernel that writes x (`overlap`, compute capability 9 and
 later): weights do not depend on it.
@@ -24,7 +27,7 @@ from torch import Tensor
 from pyramidkv.ops.kernels import dense, power_of_two
 
 LINE = 64  # numbers of 2 bytes in a cache line
-PAD = 16  # rows of x in a tile
+AT_ONCE = 20  # loads of 16 bytes a thread
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,10 @@ class Blocks:
 
     rows: int  # of the weight, a program
     warps: int
-    ahead: int  # tiles under way
-    dot: bool = False  # tensor cores
-    wide: int = 128  # channels a step, with `dot`; without, 256 a warp
-    splits: int = 1  # programs over the channels, with `dot`
+    ahead: int = 0  # steps under way, of several rows of x
+    wide: int = 0  # channels a step, or a step and warp without `splits`
+    splits: int = 0  # programs over the channels
     overlap: bool = False  # start before the kernel in front has ended
-    last: bool = False  # the program that ends last adds the splits, in place of a second kernel
 
 
 def choose(rows: int, outputs: int, channels: int, overlap: bool) -> Blocks:
@@ -48,12 +49,15 @@ def choose(rows: int, outputs: int, channels: int, overlap: bool) -> Blocks:
         while warps < 8 and channels > 5 * 256 * warps:
             warps *= 2
         steps = triton.cdiv(channels, 256 * warps)
-        return Blocks(4 if steps <= 5 else 2, warps, steps, overlap=overlap)
+        each = 4
+        while each > 1 and each * steps > AT_ONCE:
+            each //= 2
+        return Blocks(each, warps, overlap=overlap)
     tiles, steps = triton.cdiv(outputs, 64), triton.cdiv(channels, 128)
-    splits = 1
-    while splits < 8 and tiles * splits < 150 and steps >= 4 * (splits + 1):
-        splits += 1
-    return Blocks(64, 4, 4, dot=True, wide=128, splits=splits, overlap=overlap)
+    splits = max(1, min(132 // tiles, steps // 4, 8))
+    if 132 < tiles <= 198:  # else the second wave of programs leaves most of the device idle
+        return Blocks(64, 4, 2, 128, 2, overlap)
+    return Blocks(64, 4, min(6, steps), 128, splits, overlap)
 
 
 @triton.jit
@@ -76,8 +80,7 @@ def _inputs(x, channel, FIRST: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr
 @triton.jit
 def vector_kernel(
     x, w, bias, out, N, swn,
-    K: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
-    HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """(N / ROWS,) programs: the product of one row of x with ROWS rows of the weight."""
     STEPS: tl.constexpr = (K + WIDE - 1) // WIDE
@@ -85,26 +88,17 @@ def vector_kernel(
     channel = tl.arange(0, WIDE)
     at = tl.minimum(row, N - 1).to(tl.int64)[:, None] * swn + channel[None, :]
     weights = ()
-    for i in tl.static_range(AHEAD):
-        if i < STEPS:
-            weights = weights + (_weights(w, at, channel, i * WIDE, K, WIDE),)
+    for i in tl.static_range(STEPS):
+        weights = weights + (_weights(w, at, channel, i * WIDE, K, WIDE),)
     if HAS_BIAS:
         shift = tl.load(bias + row, mask=row < N, other=0.0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # not before: who comes next may count on all but this kernel
-    inputs = ()
-    for i in tl.static_range(AHEAD):
-        if i < STEPS:
-            inputs = inputs + (_inputs(x, channel, i * WIDE, K, WIDE),)
     sums = tl.zeros([ROWS, WIDE], tl.float32)
     for i in tl.static_range(STEPS):
-        weight, part = weights[0], inputs[0]
-        weights, inputs = weights[1:], inputs[1:]
-        if i + AHEAD < STEPS:
-            weights = weights + (_weights(w, at, channel, (i + AHEAD) * WIDE, K, WIDE),)
-            inputs = inputs + (_inputs(x, channel, (i + AHEAD) * WIDE, K, WIDE),)
-        sums += weight.to(tl.float32) * part.to(tl.float32)[None, :]
+        part = _inputs(x, channel, i * WIDE, K, WIDE)
+        sums += weights[i].to(tl.float32) * part.to(tl.float32)[None, :]
     total = tl.sum(sums, 1)
     if HAS_BIAS:
         total += shift.to(tl.float32)
@@ -121,10 +115,48 @@ def _fetch(w, row, swn, first, LINES: tl.constexpr, LINE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M"])
+def rows_kernel(
+    x, w, bias, out, M, N, sxm, swn,
+    K: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    PAD: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """(N / ROWS,) programs: the product of up to PAD rows of x with ROWS rows of the weight."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = tl.minimum(row, N - 1)
+    rank = tl.arange(0, PAD)
+    real = rank < M
+    channel = (tl.arange(0, WARPS) * WIDE)[:, None] + tl.arange(0, WIDE)[None, :]
+    if HAS_BIAS:
+        shift = tl.load(bias + there)
+    if OVERLAP:
+        if LINES * LINE <= K:
+            _fetch(w, there, swn, 0, LINES, LINE)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # not before: who comes next may count on all but this kernel
+    weights = w + there.to(tl.int64)[None, :, None] * swn + channel[:, None, :]
+    inputs = x + rank[None, None, :] * sxm + channel[:, :, None]
+    sums = tl.zeros([WARPS, ROWS, PAD], tl.float32)
+    for k in tl.range(0, K, WARPS * WIDE, num_stages=AHEAD + 1):
+        if K % (WARPS * WIDE) == 0:
+            weight = tl.load(weights + k, eviction_policy="evict_first")
+            some = tl.load(inputs + k, mask=real[None, None, :], other=0.0)
+        else:
+            inside = k + channel < K
+            weight = tl.load(weights + k, mask=inside[:, None, :], other=0.0, eviction_policy="evict_first")
+            some = tl.load(inputs + k, mask=inside[:, :, None] & real[None, None, :], other=0.0)
+        sums = tl.dot(weight, some, sums)
+    total = tl.trans(tl.sum(sums, 0))
+    if HAS_BIAS:
+        total += shift.to(tl.float32)[None, :]
+    keep = real[:, None] & (row < N)[None, :]
+    tl.store(out + rank[:, None] * N + row[None, :], total.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["M"])
 def dot_kernel(
-    x, w, bias, out, part, count, M, N, sxm, swn,
+    x, w, bias, out, part, M, N, sxm, swn,
     K: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr, PAD: tl.constexpr,
-    SPLITS: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr,
+    SPLITS: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr,
     HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """(N / ROWS, SPLITS) programs: the product of up to PAD rows of x with a tile of the weight."""
@@ -162,16 +194,6 @@ def dot_kernel(
     sums = tl.trans(sums)
     if SPLITS > 1:
         tl.store(part + split * M * N + place, sums, mask=keep)
-        if LAST:
-            tl.debug_barrier()
-            if tl.atomic_add(count + tl.program_id(0), 1, sem="acq_rel") == SPLITS - 1:
-                total = tl.zeros([PAD, ROWS], tl.float32)
-                for i in tl.static_range(SPLITS):
-                    total += tl.load(part + i * M * N + place, mask=keep, other=0.0, cache_modifier=".cg")
-                if HAS_BIAS:
-                    total += shift.to(tl.float32)[None, :]
-                tl.store(out + place, total.to(out.dtype.element_ty), mask=keep)
-                tl.store(count + tl.program_id(0), 0)
     else:
         if HAS_BIAS:
             sums += shift.to(tl.float32)[None, :]
@@ -211,39 +233,36 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, blocks: Blocks | N
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     given = out if bias is None else bias
     early = {"launch_pdl": True} if blocks.overlap else {}
-    if not blocks.dot:
+    if rows == 1:
         vector_kernel[(triton.cdiv(outputs, blocks.rows),)](
             x, weight, given, out, outputs, weight.stride(0),
-            K=channels, ROWS=blocks.rows, WIDE=256 * blocks.warps, AHEAD=blocks.ahead,
+            K=channels, ROWS=blocks.rows, WIDE=256 * blocks.warps,
+            HAS_BIAS=bias is not None, OVERLAP=blocks.overlap, num_warps=blocks.warps, **early,
+        )  # fmt: skip
+        return out
+    if not blocks.splits:
+        lines = blocks.ahead * blocks.warps * blocks.wide // LINE
+        rows_kernel[(triton.cdiv(outputs, blocks.rows),)](
+            x, weight, given, out, rows, outputs, x.stride(0), weight.stride(0),
+            K=channels, ROWS=blocks.rows, WIDE=blocks.wide, WARPS=blocks.warps, AHEAD=blocks.ahead,
+            PAD=8 if rows <= 8 else 16, LINES=power_of_two(lines + 1) // 2, LINE=LINE,
             HAS_BIAS=bias is not None, OVERLAP=blocks.overlap, num_warps=blocks.warps, **early,
         )  # fmt: skip
         return out
     steps = triton.cdiv(channels, blocks.wide)
     splits = triton.cdiv(steps, triton.cdiv(steps, blocks.splits))  # none without channels
-    tiles = triton.cdiv(outputs, blocks.rows)
     part = out
     if splits > 1:
         part = torch.empty(splits, rows, outputs, dtype=torch.float32, device=x.device)
-    dot_kernel[(tiles, splits)](
-        x, weight, given, out, part, _count(tiles, x.device) if blocks.last else out,
-        rows, outputs, x.stride(0), weight.stride(0),
-        K=channels, ROWS=blocks.rows, WIDE=blocks.wide, AHEAD=blocks.ahead, PAD=PAD,
-        SPLITS=splits, LAST=blocks.last, LINES=power_of_two(blocks.ahead * blocks.wide // LINE + 1) // 2, LINE=LINE,
+    dot_kernel[(triton.cdiv(outputs, blocks.rows), splits)](
+        x, weight, given, out, part, rows, outputs, x.stride(0), weight.stride(0),
+        K=channels, ROWS=blocks.rows, WIDE=blocks.wide, AHEAD=blocks.ahead, PAD=16,
+        SPLITS=splits, LINES=power_of_two(blocks.ahead * blocks.wide // LINE + 1) // 2, LINE=LINE,
         HAS_BIAS=bias is not None, OVERLAP=blocks.overlap, num_warps=blocks.warps, **early,
     )  # fmt: skip
-    if splits > 1 and not blocks.last:
+    if splits > 1:
         join_kernel[(triton.cdiv(outputs, 256), rows)](
             part, given, out, outputs,
             SPLITS=splits, WIDE=256, HAS_BIAS=bias is not None, OVERLAP=blocks.overlap, num_warps=2, **early,
         )  # fmt: skip
     return out
-
-
-_COUNTS: dict[torch.device, Tensor] = {}
-
-
-def _count(tiles: int, device: torch.device) -> Tensor:
-    """Zeros, which a launch leaves as it found them."""
-    if device not in _COUNTS or _COUNTS[device].numel() < tiles:
-        _COUNTS[device] = torch.zeros(max(tiles, 8192), dtype=torch.int32, device=device)
-    return _COUNTS[device]
