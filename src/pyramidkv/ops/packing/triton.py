@@ -176,11 +176,11 @@ def pack_kernel(
     count = tl.where(head_lane < heads, tl.cdiv(width if EVEN else used, 64), 0)
     last = tl.cumsum(count, 0)
     if tl.program_id(0) == 0:
-        layout += row * heads + head_lane
+        mine = layout + row * heads + head_lane
         rows = tl.num_programs(1)
-        tl.store(layout, last - count, mask=head_lane < heads)
-        tl.store(layout + rows * heads, count, mask=head_lane < heads)
-        tl.store(layout + 2 * rows * heads, count * 64 - used, mask=head_lane < heads)
+        tl.store(mine, last - count, mask=head_lane < heads)
+        tl.store(mine + rows * heads, count, mask=head_lane < heads)
+        tl.store(mine + 2 * rows * heads, count * 64 - used, mask=head_lane < heads)
     owner = tl.minimum(tl.sum(((last <= page) & (head_lane < heads)).to(tl.int32), 0), heads - 1)
     column = width - 64 * (tl.sum(tl.where(head_lane == owner, last, 0), 0) - page)
     at = row * pages + page
