@@ -4,9 +4,9 @@ One row of x: each program takes a few rows of the weight, whole, and its thread
 under way on all multiprocessors to cover the latency of the memory. Every thread has the same channels of each row, so
 that x is read once a program and sums cross the warps once, at the end.
 
-More rows: the weight is the tall operand of the tensor cores, x padded to 8 or 16 rows the other. The warps of a program
-share its rows of the weight and split the channels, a step's lying side by side; their sums meet at the end. With
-`splits`, tiles of 64 rows are multiplied by all warps together, and channels are split over programs, whose sums a
+More rows: the weight is the tall operand of the tensor cores, x padded to 8 or 16 rows the other. The warps of a
+program share its rows of the weight and split the channels, those of a step lying side by side; their sums meet at the
+end. With `splits`, all warps multiply tiles of 64 rows together, and channels are split over programs, whose sums a
 second kernel adds in order.
 
 A program asks for its first weights before it waits for the kernel that writes x (`overlap`, compute capability 9 and
