@@ -54,7 +54,8 @@ def check(shape, dtype, blocks=None, device="cpu"):
         assert got.shape == shape[:2]
         assert got.dtype == dtype
         assert distance(got, exact(x, weight, some)) < ERROR[dtype]
-        assert torch.equal(triton.linear(x, weight, some, blocks=blocks), got)
+        if device == "cuda":  # runs agree to the last bit
+            assert torch.equal(triton.linear(x, weight, some, blocks=blocks), got)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
