@@ -127,6 +127,10 @@ BAD = [
     ({"chunk": 20, "attention_mask": torch.ones(1, 39)}, {}, r"attention_mask has shape \(1, 39\): .*\(1, 40\)"),
     ({"chunk": 20, "input_ids": IDS[0]}, {}, r"input_ids has shape \(40,\): it must be \(batch, tokens\)"),
     ({"chunk": 20, "input_ids": IDS[:, :0]}, {}, r"input_ids has shape \(1, 0\)"),
+    ({"chunk": 20, "input_ids": IDS.tolist()}, {}, r"input_ids is a list: it must be a tensor, \(batch, tokens\)"),
+    ({"chunk": 20, "input_ids": IDS.float()}, {}, r"input_ids has dtype torch.float32: tokens are integers"),
+    ({"chunk": 20, "attention_mask": [1] * 40}, {}, r"attention_mask is a list: it must be a tensor"),
+    ({"chunk": 95}, {"method": "auto", "window": None, "budget": 96}, r"least 96 tokens \(the 32 newest, .* 64 more\)"),
 ]
 
 
@@ -137,6 +141,12 @@ def test_bad_input(arguments, options, message):
     with pytest.raises(ConfigError, match=message):
         pyramidkv.prefill(plain, **{"input_ids": IDS, "cache": cache, **arguments})
     assert cache.get_seq_length() == 0
+    if "input_ids" in arguments or "attention_mask" in arguments:
+        plain.set_attn_implementation("sdpa")
+        with pyramidkv.compress(plain, budget=14, window=4) as session:
+            with pytest.raises(ConfigError, match=message):
+                session.prefill(**{"input_ids": IDS, **arguments})
+            session.prefill(IDS, chunk=20)
 
 
 def test_a_chunk_may_be_smaller_than_a_methods_own_wide_window():

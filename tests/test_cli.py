@@ -315,6 +315,7 @@ def test_generate_saves_a_prompt_and_goes_on_behind_it(byte_model, tmp_path):
     ("arguments", "message"),
     [
         (("--save-cache", "FILE"), "is there already; give --force"),
+        (("--save-cache", "none/FILE"), "is a folder, or in one that is not there"),
         (("--load-cache", "none"), "load_cache='none': no such file"),
         (("--load-cache", "FILE", "--compare"), "compare: the full cache of a saved prompt is not there"),
         (("--load-cache", "FILE", "--keep", "0.5"), "keep=0.5: a saved cache goes on with its own settings"),

@@ -185,12 +185,21 @@ def test_a_file_of_another_model(tmp_path):
     filled(model(LLAMA)).save(tmp_path / "a")
     with pytest.raises(DataError, match="another model: model_type is llama there, and gpt_neox here"):
         PyramidKVCache.load(tmp_path / "a", config(NEOX))
-    with pytest.raises(DataError, match="another model: layers is"):
+    with pytest.raises(DataError, match=r"layers is 3 x \[2, 32, None, 4\] there, and 3 x \[2, 64, None, 2\] here"):
         PyramidKVCache.load(tmp_path / "a", config("llama-2-2-64"))
     other = config(LLAMA)
     other.rope_parameters = other.rope_parameters | {"rope_theta": 5e5}
     with pytest.raises(DataError, match="another model: rope_parameters"):
         PyramidKVCache.load(tmp_path / "a", other)
+
+
+@pytest.mark.parametrize("device", ["nowhere", "meta:x", 2.5])
+def test_a_device_that_is_not_there_and_what_is_no_config(tmp_path, device):
+    filled(model(LLAMA)).save(tmp_path / "a")
+    with pytest.raises(ConfigError, match=f"device='{device}': nothing can be put there"):
+        PyramidKVCache.load(tmp_path / "a", config(LLAMA), device=device)
+    with pytest.raises(ConfigError, match="model_config is a NoneType"):
+        PyramidKVCache.load(tmp_path / "a", None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -32,13 +32,7 @@ def prefill(
         ConfigError: `chunk` or a shape is not what is allowed, or the cache has seen tokens; nothing was fed.
     """
     check_chunk(chunk, cache.config)
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-        raise ConfigError(f"input_ids has shape {tuple(input_ids.shape)}: it must be (batch, tokens), with a token")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ConfigError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: it must be that of input_ids, "
-            f"{tuple(input_ids.shape)}"
-        )
+    check_tokens(input_ids, attention_mask)
     if cache.get_seq_length() > 0:
         raise ConfigError(
             f"cache has seen {cache.get_seq_length()} tokens: prefill() begins a context; feed another turn to the "
@@ -70,6 +64,22 @@ def even_sizes(tokens: int, chunk: int) -> list[int]:
     return [tokens // number + (i < tokens % number) for i in range(number)]
 
 
+def check_tokens(input_ids: Any, attention_mask: Any) -> None:
+    """Raise `ConfigError` for what is no batch of tokens, or no mask of it."""
+    for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if not isinstance(value, Tensor) and (name == "input_ids" or value is not None):
+            raise ConfigError(f"{name} is a {type(value).__name__}: it must be a tensor, (batch, tokens)")
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise ConfigError(f"input_ids has shape {tuple(input_ids.shape)}: it must be (batch, tokens), with a token")
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise ConfigError(f"input_ids has dtype {input_ids.dtype}: tokens are integers")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ConfigError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: it must be that of input_ids, "
+            f"{tuple(input_ids.shape)}"
+        )
+
+
 def check_chunk(chunk: int, config: CompressionConfig) -> None:
     """Raise `ConfigError` for a chunk that shows a scorer less than its window. A method's own window is "up to"."""
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
@@ -77,5 +87,6 @@ def check_chunk(chunk: int, config: CompressionConfig) -> None:
     own = config.window == METHODS[config.method].window
     least = config.floor if own else max(config.window, config.floor)
     if config.method != "full" and chunk < least:
-        why = f"the {config.recent} newest, which are kept, and one more" if own else f"window={config.window}"
+        more = config.floor - config.recent
+        why = f"the {config.recent} newest, which are kept, and {more} more" if own else f"window={config.window}"
         raise ConfigError(f"chunk={chunk}: must be at least {least} tokens ({why})")

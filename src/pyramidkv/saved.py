@@ -7,6 +7,7 @@ caller says otherwise. Nothing here knows what a method keeps or why.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import tempfile
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -66,11 +68,13 @@ def read(path: str | Path, model_config: Any, device: Any) -> tuple[CompressionC
     shown = repr(str(path))
     if not Path(path).is_file():
         raise DataError(f"path={shown}: no such file")
+    own = fingerprint(model_config)
+    _check_device(device)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             _check_kind(shown, metadata)
-            _check_model(shown, json.loads(metadata["model"]), fingerprint(model_config))
+            _check_model(shown, json.loads(metadata["model"]), own)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         config = CompressionConfig.make(**json.loads(metadata["config"]))
         facts = json.loads(metadata["layers"])
@@ -172,9 +176,21 @@ def _check_kind(shown: str, metadata: dict[str, str]) -> None:
 def _check_model(shown: str, saved: Facts, own: Facts) -> None:
     for name, value in own.items():
         if saved.get(name) != value:
-            raise DataError(
-                f"path={shown}: was saved from another model: {name} is {saved.get(name)} there, and {value} here"
-            )
+            there, here = (_layers(x) if name == "layers" else x for x in (saved.get(name), value))
+            raise DataError(f"path={shown}: was saved from another model: {name} is {there} there, and {here} here")
+
+
+def _layers(found: Any) -> str:
+    """Layers as many and as they are: "12 x [5, 64, None, 5]", KV heads, head size, sliding window, query heads."""
+    groups = [f"{len(list(alike))} x {layer}" for layer, alike in itertools.groupby(found or ())]
+    return ", ".join(groups)
+
+
+def _check_device(device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises all three for devices that are not there
+        raise ConfigError(f"device={str(device)!r}: nothing can be put there ({str(error).splitlines()[0]})") from error
 
 
 def _check_shape(tensors: Tensors, shape: CacheShape, index: int) -> None:

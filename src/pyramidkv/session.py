@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
-from pyramidkv.chunks import check_chunk, prefill
+from pyramidkv.chunks import check_chunk, check_tokens, prefill
 from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.graph import DecodeGraph, why_eager
 from pyramidkv.errors import CompressionWarning, ConfigError, PyramidKVError, UnsupportedError
@@ -108,6 +108,7 @@ class Session:
         if not self.is_open:
             raise ConfigError("session: is closed; prefill() works inside `with pyramidkv.compress(model, ...)`")
         check_chunk(chunk, self.config)
+        check_tokens(input_ids, attention_mask)
         self._settle()
         cache = self._make_cache()
         if input_ids.shape[-1] > 1:

@@ -121,6 +121,8 @@ def _check_cache_files(
     """Raise before any model is loaded."""
     if save is not None and save.exists() and not force:
         raise ConfigError(f"save_cache={str(save)!r}: is there already; give --force to overwrite it")
+    if save is not None and (save.is_dir() or not save.absolute().parent.is_dir()):
+        raise ConfigError(f"save_cache={str(save)!r}: is a folder, or in one that is not there; give a file's name")
     if load is None:
         return
     if not load.is_file():
