@@ -444,8 +444,8 @@ def check_echo() -> dict[str, float]:
         ((query, key, cos, sin, scaling), *_) = echo_sets(model, 6143)
         found[f"turn {model}"] = float((turning.turn(key, cos, sin) != turn_naive.turn(key, cos, sin)).sum())
         for valid in (None, torch.rand(1, kv_heads, 6143, device="cuda") > 0.1):
-            expected = band_naive.band_scores(query.float(), key.float(), scaling, valid)
-            off = error(band.band_scores(query, key, scaling, valid), expected)
+            expected = band_naive.band_scores(query.float(), key.float(), scaling, valid, (cos, sin))
+            off = error(band.band_scores(query, key, scaling, valid, (cos, sin)), expected)
             found[f"band {model}"] = max(found.get(f"band {model}", 0.0), off, key=lambda e: (e != e, e))
             one, two = torch.rand(2, 1, kv_heads, 6143, device="cuda") ** 4
             off = error(meaning.over_mean(one[..., 99:], two, valid), mean_naive.over_mean(one[..., 99:], two, valid))
@@ -456,35 +456,33 @@ def check_echo() -> dict[str, float]:
 
 
 def echo_row(model: str, tokens: int, bandwidth: float) -> dict:
-    """All that `echo` computes in a layer. Floors: keys read and written; queries and sample; queries and keys."""
+    """All that `echo` computes in a layer. Floors: queries and sample; queries and keys."""
     heads, kv_heads, size, dtype = MODELS[model]
     sets = echo_sets(model, tokens)
     vector = tokens * size * dtype.itemsize / bandwidth / 1e6
     exponentials = tokens * (tokens // band_naive.STRIDE) * heads / 3.7e6
-    back = [turning.turn(*s[1:4]) for s in sets]
-    lse = [band.sampled_log_sum_exp(s[0], k, s[4], None) for s, k in zip(sets, back, strict=True)]
-
-    def both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, scaling: float) -> Tensor:
-        return band.band_scores(query, turning.turn(key, cos, sin), scaling)
-
+    lse = [band.sampled_log_sum_exp(s[0], s[1], s[4], None, s[2:4]) for s in sets]
+    sample = [s[1][:, :, tokens % band_naive.STRIDE :: band_naive.STRIDE] for s in sets]
     return {
         "model": model, "tokens": tokens,
-        "turn floor": 2 * kv_heads * vector,
         "turn": microseconds([lambda s=s: turning.turn(*s[1:4]) for s in sets]),
-        "turn naive": microseconds([lambda s=s: turn_naive.turn(*s[1:4]) for s in sets]),
-        "pass 1 floor": max(heads * vector, exponentials),
-        "pass 1": microseconds(
-            [lambda s=s, k=k: band.sampled_log_sum_exp(s[0], k, s[4], None) for s, k in zip(sets, back, strict=True)]
+        "turn sample": microseconds(
+            [lambda s=s, k=k: turning.turn(k, *s[2:4]) for s, k in zip(sets, sample, strict=True)]
         ),
+        "pass 1 floor": max(heads * vector, exponentials),
+        "pass 1": microseconds([lambda s=s: band.sampled_log_sum_exp(s[0], s[1], s[4], None, s[2:4]) for s in sets]),
         "over mean": microseconds([lambda x=x: meaning.over_mean(x[:, :kv_heads], x[:, -kv_heads:]) for x in lse]),
         "pass 2 floor": (heads + kv_heads) * vector,
+        "pass 2, not turned": microseconds(
+            [lambda s=s, x=x: band.near_scores(s[0], s[1], s[4], x, None) for s, x in zip(sets, lse, strict=True)]
+        ),
         "pass 2": microseconds(
             [
-                lambda s=s, k=k, x=x: band.near_scores(s[0], k, s[4], x, None)
-                for s, k, x in zip(sets, back, lse, strict=True)
+                lambda s=s, x=x: band.near_scores(s[0], s[1], s[4], x, None, s[2:4])
+                for s, x in zip(sets, lse, strict=True)
             ]
         ),
-        "turn + band": microseconds([lambda s=s: both(*s) for s in sets]),
+        "band": microseconds([lambda s=s: band.band_scores(s[0], s[1], s[4], None, s[2:4]) for s in sets]),
         "band naive": microseconds([lambda s=s: band_naive.band_scores(s[0], s[1], s[4]) for s in sets[:1]]),
         "window 256": microseconds(
             [
@@ -505,7 +503,7 @@ def echo_sweep(model: str, tokens: int, seconds: float) -> dict[str, float]:
             plan = band.Blocks(*options)
             found[f"pass 2 {options}"] = microseconds(
                 [
-                    lambda s=s, x=x, p=plan: band.near_scores(s[0], s[1], s[4], x, None, p)
+                    lambda s=s, x=x, p=plan: band.near_scores(s[0], s[1], s[4], x, None, s[2:4], p)
                     for s, x in zip(sets, lse, strict=True)
                 ]
             )

@@ -77,12 +77,25 @@ def test_band_scores_are_their_definition(shape, kind):
     assert distance(got, loops(query, key, 0.2, valid)) < 1e-5
 
 
+def angles_of(rows, half, device="cpu"):
+    angle = 9 * torch.rand(rows, half, generator=torch.Generator().manual_seed(rows + half)).to(device)
+    return angle.cos(), angle.sin()
+
+
+def test_keys_are_turned_first():
+    query, key, valid = band_case(BAND[2], torch.float32, "heads")
+    angles = angles_of(2, 16)
+    got = band_scores(query, key, 0.2, valid, angles)
+    assert torch.equal(got, band_scores(query, turn_naive.turn(key, *angles), 0.2, valid))
+    assert distance(got, band_scores(query, key, 0.2, valid)) > 0.01
+
+
 def test_queries_of_other_tokens_are_refused():
     with pytest.raises(ValueError, match="query has 3 tokens, key 5"):
         band_scores(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 5, 16), 0.2)
 
 
-def same_band(shape, kind, dtype=torch.float32, device="cpu", **options):
+def same_band(shape, kind, dtype=torch.float32, device="cpu", half=0, **options):
     """Relative distance of the kernel to the definition in float32; some queries are so large that they see one key."""
     from pyramidkv.ops.band_scores import triton
 
@@ -91,9 +104,10 @@ def same_band(shape, kind, dtype=torch.float32, device="cpu", **options):
     query = query.clone()
     query[:, :, ::11] *= 30
     real = None if valid is None else by_head(valid).contiguous().view(torch.uint8)
-    lse = triton.sampled_log_sum_exp(query, key, scaling, real)
-    got = triton.near_scores(query, key, scaling, lse, real, **options)
-    expected = band_naive.band_scores(query.float(), key.float(), scaling, valid)
+    angles = angles_of(shape[0], half, device) if half else None
+    lse = triton.sampled_log_sum_exp(query, key, scaling, real, angles)
+    got = triton.near_scores(query, key, scaling, lse, real, angles, **options)
+    expected = band_naive.band_scores(query.float(), key.float(), scaling, valid, angles)
     assert got.shape == expected.shape and got.dtype == torch.float32
     assert torch.equal(got == 0, expected == 0)
     return distance(got, expected)
@@ -105,6 +119,14 @@ def same_band(shape, kind, dtype=torch.float32, device="cpu", **options):
 )
 def test_interpreted_band_scores(shape, kind):
     assert same_band(shape, kind) < 1e-5
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("shape", "half"), [(BAND[0], 10), (BAND[2], 32), (BAND[4], 36), (BAND[5], 128), (BAND[6], 40)]
+)
+def test_interpreted_band_scores_of_turned_keys(shape, half):
+    assert same_band(shape, "heads" if shape[0] == 2 else "none", half=half) < 1e-5
 
 
 @interpreted
@@ -132,6 +154,7 @@ def test_interpreted_band_scores_of_channels_apart():
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 3001), (7, 403), (1, 15)])
 def test_gpu_band_scores(dtype, kind, heads, batch, tokens):
     assert same_band((batch, *heads, tokens), kind, dtype, "cuda") < ERROR[dtype]
+    assert same_band((batch, *heads, tokens), kind, dtype, "cuda", heads[2] // 8) < ERROR[dtype]
 
 
 @on_gpu

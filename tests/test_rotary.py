@@ -7,6 +7,7 @@ import torch
 
 import pyramidkv
 from families import NAMES, model
+from pyramidkv.ops.turn import turn
 from pyramidkv.rotary import Rotary
 
 
@@ -26,7 +27,8 @@ def test_a_query_moved_on_is_the_query_at_that_position(name):
     query = torch.randn(3, 4, 5, size, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([[0, 1, 2, 50, 90]]).expand(3, 5)
     distance = torch.tensor([0, 7, 61])
-    moved = Rotary.of(plain.config).turn(by_the_model(plain, query, positions), distance.tolist())
+    angles = Rotary.of(plain.config).angles(distance.tolist(), query.device)
+    moved = turn(by_the_model(plain, query, positions), *angles)
     expected = by_the_model(plain, query, positions + distance[:, None])
     assert (moved - expected).abs().max() < 2e-5
     assert distance[2] == 0 or (moved[2] - by_the_model(plain, query, positions)[2]).abs().max() > 0.1

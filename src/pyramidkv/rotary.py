@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pyramidkv.errors import UnsupportedError
-from pyramidkv.ops.turn import turn
 
 # Types whose frequencies depend on the config alone. "dynamic" and "longrope" choose theirs by the length of a forward.
 TYPES = ("default", "linear", "llama3", "yarn")
@@ -44,12 +43,11 @@ class Rotary:
         exponent = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
         return cls(1.0 / parameters["rope_theta"] ** exponent)
 
-    def turn(self, query: Tensor, distance: Sequence[int]) -> Tensor:
-        """(B, H, Q, D) rotated queries moved on by `distance` tokens, a number for each row; R channels, in halves."""
-        return turn(query, *self._angles(distance, query.device))
+    def angles(self, distance: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (B, R / 2) float32 each, that move (B, H, *, D) rotated vectors on by `distance` tokens.
 
-    def _angles(self, distance: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, (B, R / 2) float32 each."""
+        `distance` has a number for each row; `ops.turn.turn` moves the vectors.
+        """
         of, last = (device, tuple(distance)), self._last
         if last is None or last[0] != of:
             angle = torch.tensor(distance, dtype=torch.float64)[:, None] * self.frequencies.double()

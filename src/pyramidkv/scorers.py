@@ -124,8 +124,9 @@ class EchoScorer(WideWindowScorer):
         new = seen.query.shape[2]
         valid = None if seen.valid is None else seen.valid[..., -new:]
         # Moving all keys back is moving all queries on; there may be fewer keys. Of older keys nothing has asked now.
-        back = seen.rotary.turn(seen.key[:, :, -new:], [-tokens for tokens in seen.tokens])
-        return over_mean(band_scores(seen.query, back, seen.scaling, valid), super().score(seen), seen.valid)
+        back = seen.rotary.angles([-tokens for tokens in seen.tokens], seen.key.device)
+        again = band_scores(seen.query, seen.key[:, :, -new:], seen.scaling, valid, back)
+        return over_mean(again, super().score(seen), seen.valid)
 
 
 @register("h2o")

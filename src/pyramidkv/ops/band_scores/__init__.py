@@ -14,7 +14,13 @@ from pyramidkv.ops.kernels import why_naive
 __all__ = ["band_scores", "why_naive"]
 
 
-def band_scores(query: Tensor, key: Tensor, scaling: float, valid: Tensor | None = None) -> Tensor:
+def band_scores(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    valid: Tensor | None = None,
+    angles: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Root of the sum of squared attention that each key gets from the queries of the tokens around it.
 
     The definition, arguments and result are those of `naive.band_scores`: (B, Hq, K, D) queries and (B, Hkv, K, D) keys
@@ -24,5 +30,5 @@ def band_scores(query: Tensor, key: Tensor, scaling: float, valid: Tensor | None
         from pyramidkv.ops.band_scores import triton
 
         with kernels.on(query.device):
-            return triton.band_scores(query, key, scaling, valid)
-    return naive.band_scores(query, key, scaling, valid)
+            return triton.band_scores(query, key, scaling, valid, angles)
+    return naive.band_scores(query, key, scaling, valid, angles)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyramidkv.ops.turn.naive import turn
 from pyramidkv.ops.valid import by_head
 
 SPAN = 4  # tokens on each side of a key whose queries count
@@ -15,7 +16,13 @@ STRIDE = 16  # of the other keys one in so many, counted from the last
 _BLOCK = 256
 
 
-def band_scores(query: Tensor, key: Tensor, scaling: float, valid: Tensor | None = None) -> Tensor:
+def band_scores(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    valid: Tensor | None = None,
+    angles: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Root of the sum of squared attention that each key gets from the queries of the tokens around it.
 
     The queries lie behind the sequence and each sees every key: p(i, j) = min(1, exp(l(i, j)) / Z(i)), where l(i, j) is
@@ -28,6 +35,7 @@ def band_scores(query: Tensor, key: Tensor, scaling: float, valid: Tensor | None
         key: (B, Hkv, K, D), Hq a multiple of Hkv; query head h reads KV head h // (Hq // Hkv).
         scaling: factor of the logits.
         valid: (B, K) or (B, Hkv, K) bool, False for padding and empty slots, as keys and as queries; None: all real.
+        angles: cosines and sines, (B, R / 2) each, by which the keys are turned first (`ops/turn`); None: as they are.
 
     Returns:
         (B, Hkv, K) float32.
@@ -35,6 +43,7 @@ def band_scores(query: Tensor, key: Tensor, scaling: float, valid: Tensor | None
     batch, heads, keys, _ = query.shape
     kv_heads = key.shape[1]
     same_tokens(query, key)
+    key = key if angles is None else turn(key, *angles)
     groups = heads // kv_heads
     real = torch.ones(1, 1, keys, dtype=torch.bool, device=key.device) if valid is None else by_head(valid)
     real = real.expand(batch, kv_heads, keys)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyramidkv.ops.band_scores.naive import NEAR, SPAN, STRIDE, same_tokens
 from pyramidkv.ops.kernels import dense, parts, power_of_two
+from pyramidkv.ops.turn.triton import turn
 from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores.triton import _product, _tile, log_sum_exp
 
@@ -46,10 +47,29 @@ def choose(size: int, itemsize: int) -> Blocks:
     return Blocks(32, 2, 2, 128) if size <= 128 else Blocks(32, 4)
 
 
+@triton.jit
+def _turned(
+    x, base, offset, ok, cos, sin, AT: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr
+):  # fmt: skip
+    """Channels AT to AT + WIDE of the rows at base + offset, turned; those from 2 HALF on stay."""
+    if AT < 2 * HALF:
+        channel = AT + tl.arange(0, WIDE)
+        paired = channel < 2 * HALF
+        upper = channel >= HALF
+        pair = tl.where(upper, channel - HALF, channel)
+        x_part = tl.load(cos + pair, mask=paired, other=1.0).to(tl.float32)
+        y_part = tl.load(sin + pair, mask=paired, other=0.0).to(tl.float32)
+        y_part = tl.where(upper, y_part, -y_part)
+        other = tl.where(upper, pair, channel + HALF)
+        y = tl.load(base + offset[:, None] + other[None, :], mask=ok[:, None] & paired[None, :], other=0.0)
+        x = (x.to(tl.float32) * x_part[None, :] + y.to(tl.float32) * y_part[None, :]).to(x.dtype)
+    return x
+
+
 @triton.jit(do_not_specialize=["keys"])
 def band_kernel(
-    q, k, valid, lse, out, sqb, sqh, sqw, skb, skh, skn, svb, svh, scale, keys, kv_heads, groups,
-    SPAN: tl.constexpr, NEAR: tl.constexpr, STRIDE: tl.constexpr,
+    q, k, valid, lse, cos, sin, out, sqb, sqh, sqw, skb, skh, skn, svb, svh, scale, keys, kv_heads, groups,
+    SPAN: tl.constexpr, NEAR: tl.constexpr, STRIDE: tl.constexpr, HALF: tl.constexpr,
     SIZE: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     HAS_VALID: tl.constexpr,
 ):  # fmt: skip
@@ -67,9 +87,14 @@ def band_kernel(
         valid += batch * svb + kv_head * svh
         there = there & (tl.load(valid + column, mask=there, other=0) != 0)
         asks = asks & (tl.load(valid + row, mask=asks, other=0) != 0)
-    key, key_rest = _tile(
-        k + batch * skb + kv_head * skh + (far * begin - NEAR) * skn, b * skn, there, FIRST, REST, SIZE
-    )
+    k += batch * skb + kv_head * skh + (far * begin - NEAR) * skn
+    key, key_rest = _tile(k, b * skn, there, FIRST, REST, SIZE)
+    if HALF > 0:
+        cos += batch * HALF
+        sin += batch * HALF
+        key = _turned(key, k, b * skn, there, cos, sin, 0, FIRST, HALF)
+        if REST > 0:
+            key_rest = _turned(key_rest, k, b * skn, there, cos, sin, FIRST, REST, HALF)
     q += batch * sqb + kv_head * groups * sqh + far * begin * sqw
     lse += far * head * groups * keys + begin
     apart = b[None, :] - NEAR - a[:, None]
@@ -91,7 +116,13 @@ def band_kernel(
     tl.store(out + far * head * keys + column, score, mask=scored)
 
 
-def band_scores(query: Tensor, key: Tensor, scaling: float, valid: Tensor | None = None) -> Tensor:
+def band_scores(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    valid: Tensor | None = None,
+    angles: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """As `naive.band_scores`: (B, Hq, K, D) queries, (B, Hkv, K, D) keys; (B, Hkv, K) float32.
 
     `scaling` must be positive. Any strides do, as long as the channels lie side by side.
@@ -99,10 +130,13 @@ def band_scores(query: Tensor, key: Tensor, scaling: float, valid: Tensor | None
     same_tokens(query, key)
     query, key = dense(query), dense(key)
     real = None if valid is None else by_head(valid).contiguous().view(torch.uint8)
-    return near_scores(query, key, scaling, sampled_log_sum_exp(query, key, scaling, real), real)
+    lse = sampled_log_sum_exp(query, key, scaling, real, angles)
+    return near_scores(query, key, scaling, lse, real, angles)
 
 
-def sampled_log_sum_exp(query: Tensor, key: Tensor, scaling: float, real: Tensor | None) -> Tensor:
+def sampled_log_sum_exp(
+    query: Tensor, key: Tensor, scaling: float, real: Tensor | None, angles: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Pass 1: the log2-sum-exp of each query's logits over every `STRIDE`th key, (B, Hq, K) float32.
 
     `real`, uint8: which keys are, (B, 1 or Hkv, K).
@@ -114,11 +148,18 @@ def sampled_log_sum_exp(query: Tensor, key: Tensor, scaling: float, real: Tensor
     masks = None
     if real is not None:  # what padding asks is left to pass 2: it may differ between heads
         masks = real[..., far].contiguous(), real.new_ones(batch, keys)
-    return log_sum_exp(query, key[:, :, far], scaling, masks, behind=True)
+    sample = key[:, :, far] if angles is None else turn(key[:, :, far], *angles)
+    return log_sum_exp(query, sample, scaling, masks, behind=True)
 
 
 def near_scores(
-    query: Tensor, key: Tensor, scaling: float, lse: Tensor, real: Tensor | None, blocks: Blocks | None = None
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    lse: Tensor,
+    real: Tensor | None,
+    angles: tuple[Tensor, Tensor] | None = None,
+    blocks: Blocks | None = None,
 ) -> Tensor:
     """Pass 2: the scores, (B, Hkv, K) float32, from the log2-sum-exps of pass 1."""
     batch, heads, keys, size = query.shape
@@ -126,12 +167,13 @@ def near_scores(
     blocks = blocks or choose(size, key.itemsize)
     out = torch.empty(batch, kv_heads, keys, dtype=torch.float32, device=key.device)
     first, rest = parts(size)
+    cos, sin = angles or (lse, lse)  # not read
     strides = (0, 0) if real is None else (real.stride(0), real.stride(1) if real.shape[1] > 1 else 0)
     band_kernel[(triton.cdiv(keys, blocks.queries - 2 * SPAN), batch * kv_heads)](
-        query, key, key if real is None else real, lse, out,
+        query, key, key if real is None else real, lse, cos.contiguous(), sin.contiguous(), out,
         *query.stride()[:3], *key.stride()[:3], *strides, scaling * math.log2(math.e),
         keys, kv_heads, heads // kv_heads,
-        SPAN=SPAN, NEAR=NEAR, STRIDE=STRIDE,
+        SPAN=SPAN, NEAR=NEAR, STRIDE=STRIDE, HALF=0 if angles is None else cos.shape[-1],
         SIZE=size, FIRST=first, REST=rest, QUERIES=blocks.queries, KEYS=power_of_two(blocks.queries + 2 * NEAR),
         HAS_VALID=real is not None, **blocks.options(),
     )  # fmt: skip
