@@ -2,11 +2,11 @@
 
 How many pages a head would have if all slots from some score on were kept, its best page and so on, follows from how
 many slots score that much. So one launch counts the slots of each head at or above 256 thresholds, the upper 8 of the
-16 bits of a score; the next counts them at 256 thresholds between the two where the pages of the row run out; a third
-hands out the pages. A program counts for some of the thresholds, so that there are enough programs for the device.
+16 bits of a score, by a histogram and its sums; the next counts them at 256 thresholds between the two where the pages
+of the row run out; a third hands out the pages.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-# ruff: noqa: N803, SIM108
+# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _DIGITS = tl.constexpr(256)
 
 @dataclass(frozen=True)
 class Blocks:
-    """What a program counts."""
+    """How a program reads the slots of a head."""
 
-    slots: int = 512  # at once
-    part: int = 32  # of the thresholds
-    warps: int = 8
-    registers: int = 128  # most that a thread may have, so that two programs run at once; 0: no limit
+    slots: int  # at once
+    warps: int
 
-    def options(self) -> dict[str, int]:
-        """For the launch."""
-        return {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
+
+def choose(slots: int) -> Blocks:
+    """Tiles for K slots: eight of them a thread, or all 32 warps."""
+    block = max(128, min(8192, power_of_two(slots)))
+    return Blocks(block, max(1, block // 256))
 
 
 @triton.jit
@@ -72,32 +72,39 @@ def _digit(counts, row, heads, own, pages, HEADS: tl.constexpr):
 @triton.jit(do_not_specialize=["slots", "newest", "own", "pages", "everything"])
 def count_kernel(
     scores, valid, facts, coarse, counts, held, ssb, ssh, svb, svh, heads, slots, newest, own, pages, everything,
-    BLOCK: tl.constexpr, PART: tl.constexpr, HEADS: tl.constexpr, TAIL: tl.constexpr, FINE: tl.constexpr,
+    BLOCK: tl.constexpr, HEADS: tl.constexpr, TAIL: tl.constexpr, FINE: tl.constexpr,
     HAS_VALID: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """(B * H, 256 / PART) programs: slots of a head at or above some thresholds, and how many it holds."""
+    """(B * H,) programs: slots of a head at or above each threshold, and how many it holds."""
     program = tl.program_id(0).to(tl.int64)
     row, head = program // heads, program % heads
-    lane = tl.program_id(1) * PART + tl.arange(0, PART)
     own, pages, everything = _facts(facts, row, own, pages, everything, EACH)
+    lane = tl.arange(0, _DIGITS)
+    upper = 0
+    above = 0
     if FINE:
-        threshold = (_digit(coarse, row, heads, own, pages, HEADS) - 128) * 256 + lane
-    else:
-        threshold = lane - 128
+        upper = _digit(coarse, row, heads, own, pages, HEADS)
+        above = tl.load(coarse + program * _DIGITS + upper + 1, mask=upper < _DIGITS - 1, other=0)
     scores += row * ssb + head * ssh
     valid += row * svb + head * svh
     if HAS_VALID:
         newest = _newest(valid, slots, newest, TAIL)
-    above = tl.zeros([PART, BLOCK], tl.int32)
+    found = tl.zeros([_DIGITS], tl.int32)
+    others = tl.zeros([BLOCK], tl.int32)
     real = tl.zeros([BLOCK], tl.int32)
     for block in range(0, slots, BLOCK):
         key = _keys(scores, valid, block, slots, newest, BLOCK, HAS_VALID, True)
+        counted = (key > _NEVER) & (key < _ALWAYS)  # the newest are in no page
+        digit = (key >> 24) + 128
+        if FINE:
+            counted = counted & (digit == upper)
+            digit = (key >> 16) & 255
+        found += tl.histogram(tl.where(counted, digit, 0), _DIGITS)
+        others += 1 - counted.to(tl.int32)
         real += (key > _NEVER).to(tl.int32)
-        key = tl.where(key == _ALWAYS, _NEVER, key)  # the newest are in no page
-        digits = key >> 16 if FINE else key >> 24
-        above += ((digits[None, :] >= threshold[:, None]) & (key > _NEVER)[None, :]).to(tl.int32)
-    tl.store(counts + program * _DIGITS + lane, tl.sum(above, 1))
-    if (not FINE) and tl.program_id(1) == 0:
+    found -= tl.where(lane == 0, tl.sum(others, 0), 0)
+    tl.store(counts + program * _DIGITS + lane, above + tl.sum(found, 0) - tl.cumsum(found, 0) + found)
+    if not FINE:
         tl.store(held + program, tl.sum(real, 0))
 
 
@@ -140,7 +147,7 @@ def head_limits(
     """As `naive.head_limits`."""
     rows, heads, slots = scores.shape
     scores = dense(scores)
-    blocks = blocks or Blocks()
+    blocks = blocks or choose(slots)
     each, alike = scores, (0, 0, 0)  # the former is not read
     facts = row_facts(heads, shares, available, recent)
     if len(set(facts)) == 1:
@@ -154,12 +161,12 @@ def head_limits(
     limits = torch.empty_like(held)
     some = min(32, power_of_two(heads))  # heads whose counts are read at once
     for counts, is_fine in ((coarse, False), (fine, True)):
-        count_kernel[(rows * heads, _DIGITS.value // blocks.part)](
+        count_kernel[(rows * heads,)](
             scores, scores if mask is None else mask, each, coarse, counts, held,
             *scores.stride()[:2], *(0, 0) if mask is None else mask.stride()[:2], heads, slots,
             max(slots - recent, 0) if mask is None else recent, *alike,
-            BLOCK=blocks.slots, PART=blocks.part, HEADS=some, TAIL=1024, FINE=is_fine,
-            HAS_VALID=mask is not None, EACH=each is not scores, **blocks.options(),
+            BLOCK=blocks.slots, HEADS=some, TAIL=1024, FINE=is_fine,
+            HAS_VALID=mask is not None, EACH=each is not scores, num_warps=blocks.warps,
         )  # fmt: skip
     share_kernel[(rows,)](
         coarse, fine, held, each, limits, heads, recent, *alike,
