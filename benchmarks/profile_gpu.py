@@ -47,7 +47,7 @@ def device_ms(replay: Any, count: int = STEPS) -> float:
 
 
 def kernels(replay: Any, count: int = 5) -> dict[str, dict[str, float]]:
-    """Microseconds and launches a step of every kernel that takes more than 5 us of it."""
+    """Microseconds and launches a step of every kernel, the longest first."""
     with profile(activities=[ProfilerActivity.CUDA]) as prof:
         for _ in range(count):
             replay()
@@ -55,15 +55,19 @@ def kernels(replay: Any, count: int = 5) -> dict[str, dict[str, float]]:
     found = {
         e.key: {"us": e.device_time_total / count, "launches": e.count / count}
         for e in prof.key_averages()
-        if e.device_time_total / count > 5
+        if e.device_time_total > 0
     }
     return dict(sorted(found.items(), key=lambda item: -item[1]["us"]))
 
 
-def prefill(model: Any, configs: dict[str, pyramidkv.CompressionConfig], batch: int, prompt: int) -> dict[str, Any]:
-    """Milliseconds of a prefill by each config in turn, and the kernels of the last two."""
+def prefill(model: Any, configs: dict[str, pyramidkv.CompressionConfig], batch: int, prompt: int) -> list[dict]:
+    """A prefill by each config in turn: milliseconds, and how many of them the host and the kernels take.
+
+    `ms` ends when the device is done, `host_ms` when the last kernel is launched: where the two are close, the device
+    waits for the host. `kernel_ms` adds up the kernels, so that `gap_ms` is the time in which none runs.
+    """
     ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device="cuda")
-    row: dict[str, Any] = {"batch": batch, "prompt": prompt, "ms": {}, "kernels": {}}
+    layers = model.config.num_hidden_layers
 
     def once(config: pyramidkv.CompressionConfig | None) -> None:
         with torch.no_grad():
@@ -73,22 +77,32 @@ def prefill(model: Any, configs: dict[str, pyramidkv.CompressionConfig], batch: 
                 cache = pyramidkv.PyramidKVCache(model.config, config)
                 model(ids, past_key_values=cache, logits_to_keep=1)
 
-    times: dict[str, list[float]] = {"full cache": []} | {name: [] for name in configs}
+    rows: dict[str, dict[str, Any]] = {
+        name: {"batch": batch, "prompt": prompt, "config": name, "ms": [], "host_ms": []}
+        for name in ("full cache", *configs)
+    }
     for round_number in range(8):
-        for name, taken in times.items():
+        for name, row in rows.items():
             config = configs.get(name)
             model.set_attn_implementation("sdpa" if config is None else "pyramidkv")
             torch.cuda.synchronize()
             start = time.perf_counter()
             once(config)
+            launched = time.perf_counter()
             torch.cuda.synchronize()
             if round_number:
-                taken.append(1e3 * (time.perf_counter() - start))
+                row["ms"].append(1e3 * (time.perf_counter() - start))
+                row["host_ms"].append(1e3 * (launched - start))
             if round_number == 7:
-                row["kernels"][name] = kernels(lambda config=config: once(config), 2)
+                row["kernels"] = kernels(lambda config=config: once(config), 2)
     model.set_attn_implementation("sdpa")
-    row["ms"] = {name: {"median": statistics.median(taken), "all": taken} for name, taken in times.items()}
-    return row
+    for row in rows.values():
+        row["all_ms"], row["all_host_ms"] = row["ms"], row["host_ms"]
+        row |= {name: statistics.median(row[name]) for name in ("ms", "host_ms")}
+        row["kernel_ms"] = sum(kernel["us"] for kernel in row["kernels"].values()) / 1e3
+        row["gap_ms"] = row["ms"] - row["kernel_ms"]
+        row["launches_a_layer"] = sum(kernel["launches"] for kernel in row["kernels"].values()) / layers
+    return list(rows.values())
 
 
 def show(found: dict[str, dict[str, float]], count: int = 14) -> None:
@@ -142,20 +156,21 @@ def main() -> None:
     model = load_model(f"random:{arguments.model}", device="cuda", dtype=arguments.dtype).model
     result = Result(arguments.out, model=f"{arguments.model}, random weights, {arguments.dtype}")
     configs = {
-        f"{method} keep=0.25": pyramidkv.CompressionConfig(method=method, keep=0.25) for method in ("pyramidkv", "rms")
+        f"{method} keep=0.25": pyramidkv.CompressionConfig(method=method, keep=0.25)
+        for method in ("pyramidkv", "echo", "rms")
     }
     configs["auto share=0.25"] = pyramidkv.CompressionConfig(method="auto", share=0.25)
     batches = arguments.batch or [1]
     for batch in batches if arguments.only != "decode" else []:
         with result.attempt(f"prefill, batch {batch}"):
-            row = prefill(model, configs, batch, arguments.prompt)
-            row |= {name: ms["median"] for name, ms in row["ms"].items()}
-            result.add("prefill", row)
-            base = row["kernels"]["full cache"]
-            for name in configs:
-                own = {k: v for k, v in row["kernels"][name].items() if k not in base}
-                print(f"  only in {name}: {sum(v['us'] for v in own.values()):.0f} us", flush=True)
-                show(own)
+            rows = prefill(model, configs, batch, arguments.prompt)
+            base = rows[0]["kernels"]
+            for row in rows:
+                result.add("prefill", row)
+                own = {k: v for k, v in row["kernels"].items() if k not in base}
+                if own:
+                    print(f"  only in {row['config']}: {sum(v['us'] for v in own.values()):.0f} us", flush=True)
+                    show(own, 24)
     settings = [None, *(arguments.inductor or ["ours"])]
     serves = products.why_torch
     for batch in batches if arguments.only != "prefill" else []:
