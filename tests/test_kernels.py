@@ -122,6 +122,12 @@ def new_token(keys):
     return fused[..., :size], fused[..., size:]
 
 
+def ring_for(query, slots, dtype=None):
+    """A ring of queries as a view whose heads lie apart."""
+    batch, heads, _, size = query.shape
+    return torch.full((batch, slots, heads, size), 7.0, dtype=dtype or query.dtype, device=query.device).transpose(1, 2)
+
+
 def exact_scores(query, key, scaling, valid, power, per_visible):
     """The definition by one loop over the queries, float64."""
     batch, heads, queries, _ = query.shape
@@ -231,6 +237,19 @@ def test_a_new_token_is_attended_to_and_written(shape, kind):
         assert torch.equal(buffer[used & (slot == lengths)], tensor.flatten(0, 2))
 
 
+@pytest.mark.parametrize("kind", ["number", "one", "each"])
+def test_the_query_goes_into_a_ring(kind):
+    query, keys, values, length, start, _ = decode_case((7, 6, 2, 32, 31), torch.float32, kind, room=True)
+    ring = ring_for(query, 5)
+    decode_attention(query, keys, values, length, start, 0.2, new_token(keys), ring)
+    for row in range(7):
+        for head in range(6):
+            slot = length if isinstance(length, int) else length.expand(7, 2)[row, head // 3].item()
+            expected = torch.full((5, 32), 7.0)
+            expected[slot % 5] = query[row, head, 0]
+            assert torch.equal(ring[row, head], expected)
+
+
 def test_the_dtype_of_the_query_comes_back():
     query, keys, values, length, start, _ = decode_case(DECODE[0], torch.bfloat16, "each")
     assert decode_attention(query, keys, values, length, start, 0.2).dtype == torch.bfloat16
@@ -319,8 +338,10 @@ def test_interpreted_decode_attention(shape, kind, fresh):
     query, keys, values, length, start, _ = decode_case(shape, torch.float32, kind, room=fresh)
     new = new_token(keys) if fresh else None
     before = keys.clone(), values.clone()
-    got = triton.decode_attention(query, keys, values, length, start, 0.2, new)
-    assert distance(got, decode_naive.decode_attention(query, *before, length, start, 0.2, new)) < 1e-5
+    rings = [ring_for(query, 11) if fresh else None for _ in range(2)]
+    got = triton.decode_attention(query, keys, values, length, start, 0.2, new, rings[0])
+    assert distance(got, decode_naive.decode_attention(query, *before, length, start, 0.2, new, rings[1])) < 1e-5
+    assert not fresh or torch.equal(*rings)
     for buffer, expected in zip((keys, values), before, strict=True):
         assert torch.equal(buffer.nan_to_num(7.0), expected.nan_to_num(7.0))
 
@@ -387,8 +408,10 @@ def test_gpu_decode_attention(dtype, kind, heads, fresh):
     query, keys, values, length, start, _ = decode_case((7, *heads, 1691), dtype, kind, "cuda", room=fresh)
     new = new_token(keys) if fresh else None
     exact = keys.float(), values.float()
-    expected = decode_naive.decode_attention(query.float(), *exact, length, start, heads[2] ** -0.5, new)
-    got = decode_attention(query, keys, values, length, start, heads[2] ** -0.5, new)
+    rings = [ring_for(query, 130) if fresh else None for _ in range(2)]
+    expected = decode_naive.decode_attention(query.float(), *exact, length, start, heads[2] ** -0.5, new, rings[1])
+    got = decode_attention(query, keys, values, length, start, heads[2] ** -0.5, new, rings[0])
+    assert not fresh or torch.equal(*rings)
     assert distance(got, expected) < ERROR[dtype]
     for buffer, after in zip((keys, values), exact, strict=True):
         assert torch.equal(buffer.float().nan_to_num(7.0), after.nan_to_num(7.0))

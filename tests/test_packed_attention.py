@@ -12,7 +12,7 @@ from pyramidkv.ops.packed_attention import naive, packed_attention
 from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import value_group
 from test_eviction_kernels import poisoned
-from test_kernels import DTYPES, ERROR, distance, exact_decode, interpreted, new_token, on_gpu, random
+from test_kernels import DTYPES, ERROR, distance, exact_decode, interpreted, new_token, on_gpu, random, ring_for
 
 
 class Case(NamedTuple):
@@ -138,11 +138,13 @@ def compare(inputs, new, blocks=None):
 
     query, pages, keys, values, *rest = inputs
     before = keys.clone(), values.clone()
+    rings = [None if new is None else ring_for(query, 13) for _ in range(2)]
     with poisoned():
-        got = triton.packed_attention(query, pages, keys, values, *rest, 0.2, new, blocks=blocks)
+        got = triton.packed_attention(query, pages, keys, values, *rest, 0.2, new, rings[0], blocks=blocks)
     wide = [t.float() for t in before]
     wide_new = None if new is None else tuple(t.float() for t in new)
-    expected = naive.packed_attention(query.float(), pages, *wide, *rest, 0.2, wide_new)
+    expected = naive.packed_attention(query.float(), pages, *wide, *rest, 0.2, wide_new, rings[1])
+    assert new is None or torch.equal(*rings)
     for buffer, after in zip((keys, values), wide, strict=True):
         assert torch.equal(buffer.float().nan_to_num(7.0), after.nan_to_num(7.0))
     return distance(got, expected)

@@ -263,7 +263,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             self._open_ring(query)
         elif self.ring is not None:
             assert self.storage is not None
-            self.ring.push(query, self.storage.length - queries)
+            self.ring.push(query, self.storage.newest.length - queries)
         self.seen += queries
 
     def foresee(self) -> None:
@@ -435,7 +435,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         """Bring the layer back to its budget in the middle of decoding, in the buffers that it has."""
         key, value = storage.view()
         positions = storage.positions[:, :, : storage.length]
-        query = key[:, :, :0] if self.ring is None else self.ring.newest(storage.length)
+        query = key[:, :, :0] if self.ring is None else self.ring.newest(storage.newest.length)
         available = self.held
         self.held = [min(n, limit) for n, limit in zip(available, allowed, strict=True)]
         padded = min(self.held) < max(self.held)

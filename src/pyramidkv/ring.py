@@ -1,7 +1,7 @@
 """The queries of the newest decoded tokens: what a scorer looks through when a layer evicts while decoding.
 
-Query of the token in slot s lies at s modulo the ring's size, so that where to write follows from a length that a
-captured graph has on the device, and taking tokens back needs no more than forgetting how many there are.
+The query of the token in slot s of the newest storage lies at s modulo the ring's size, so that where to write follows
+from a length that a captured graph has on the device, and taking tokens back is forgetting how many there are.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ class QueryRing:
     def push(self, query: Tensor, slot: int) -> None:
         """Take the (B, Hq, T, D) queries of the tokens in the slots from `slot` on."""
         new = query.shape[2]
+        if new == 1:  # decoding: one launch
+            self.queries[:, :, slot % self.queries.shape[2]] = query[:, :, 0].detach()
+            self.pushed(1)
+            return
         fits = min(new, self.queries.shape[2])
         places = self._places(slot + new - fits, fits)
         self.queries.index_copy_(2, places, query[:, :, new - fits :].detach().to(self.queries.dtype))

@@ -31,7 +31,7 @@ class Place:
     length: Tensor  # (1,) int32: slots in use before the step
     start: Tensor  # (B, Hkv) int32: empty slots at the front
     pages: Pages | None = None  # what is packed
-    queries: Tensor | None = None  # (B, Hq, R, D): where the query goes too, at its slot modulo R (`ring.py`)
+    queries: Tensor | None = None  # (B, Hq, R, D): where the query goes too, at slot `length` modulo R (`ring.py`)
 
 
 Step = Callable[[Tensor, Tensor], Tensor]  # tokens (B, 1) and positions (B, 1) to logits (B, 1, V)
@@ -47,12 +47,10 @@ def decode_step(query: Tensor, key: Tensor, value: Tensor, place: int, scaling: 
     behind `place`, and only this op touches them between two steps.
     """
     at = PLACES[place]
-    if at.queries is not None:
-        at.queries.index_copy_(2, at.length.long() % at.queries.shape[2], query.to(at.queries.dtype))
     new = key, value
     if at.pages is not None:
-        return packed_attention(query, at.pages, at.keys, at.values, at.length, at.start, scaling, new)
-    return decode_attention(query, at.keys, at.values, at.length, at.start, scaling, new)
+        return packed_attention(query, at.pages, at.keys, at.values, at.length, at.start, scaling, new, at.queries)
+    return decode_attention(query, at.keys, at.values, at.length, at.start, scaling, new, at.queries)
 
 
 @decode_step.register_fake

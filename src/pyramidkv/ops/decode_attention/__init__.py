@@ -19,6 +19,7 @@ def decode_attention(
     start: Tensor | None,
     scaling: float,
     new: tuple[Tensor, Tensor] | None = None,
+    ring: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query a row over the slots in use of buffers that may be longer.
 
@@ -33,6 +34,7 @@ def decode_attention(
         scaling: factor of the logits.
         new: key and value, (B, Hkv, 1, D) each, of a token to attend to as well and to write into slot `length`; None:
             the slots in use are all there is.
+        ring: (B, Hq, R, D), into slot `length` modulo R of which the query is written; only with `new`. None: nowhere.
 
     Returns:
         (B, Hq, 1, D) in the dtype of the query; zeros for rows with no slots.
@@ -42,5 +44,5 @@ def decode_attention(
         from pyramidkv.ops.decode_attention import triton
 
         with kernels.on(query.device):
-            return triton.decode_attention(query, keys, values, length, start, scaling, new)
-    return naive.decode_attention(query, keys, values, length, start, scaling, new)
+            return triton.decode_attention(query, keys, values, length, start, scaling, new, ring)
+    return naive.decode_attention(query, keys, values, length, start, scaling, new, ring)

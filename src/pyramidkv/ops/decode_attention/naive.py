@@ -14,6 +14,7 @@ def decode_attention(
     start: Tensor | None,
     scaling: float,
     new: tuple[Tensor, Tensor] | None = None,
+    ring: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of one query a row over the slots [start, length) of its buffers.
 
@@ -25,6 +26,7 @@ def decode_attention(
         scaling: factor of the logits.
         new: key (B, Hkv, 1, D) and value (B, Hkv, 1, Dv) of a new token, attended to as well and written into slot
             `length` of the buffers, which must be below C.
+        ring: (B, Hq, R, D), into slot `length` modulo R of which the query is written; only with `new`. None: nowhere.
 
     Returns:
         (B, Hq, 1, Dv) in the dtype of the query; zeros for rows with no slots.
@@ -32,6 +34,8 @@ def decode_attention(
     if new is not None:
         for buffer, tensor in zip((keys, values), new, strict=True):
             write(buffer, tensor, length)
+        if ring is not None:
+            write(ring, query, ring_slot(length, ring, query.shape[1] // keys.shape[1]))
         length = length + 1
     if isinstance(length, int):  # nothing to mask behind it
         keys, values = keys[:, :, :length], values[:, :, :length]
@@ -68,3 +72,9 @@ def write(buffer: Tensor, tensor: Tensor, slot: int | Tensor) -> None:
     index = slot.long().reshape(1, 1) if slot.numel() == 1 else slot.long()
     wide = index[..., None, None].expand_as(tensor)
     buffer.scatter_(2, wide, tensor.to(buffer.dtype))
+
+
+def ring_slot(length: int | Tensor, ring: Tensor, groups: int) -> int | Tensor:
+    """Where a query goes in a ring (B, Hq, R, D); `groups` query heads have the length of one KV head."""
+    slot = length % ring.shape[2]
+    return slot if isinstance(slot, int) or slot.numel() == 1 else slot.repeat_interleave(groups, 1)

@@ -1,9 +1,10 @@
 """The same as `naive.py`, bound by the reading of keys and values alone.
 
 The keys of a row and head are split over several programs, each of which keeps a running softmax; a second kernel joins
-their results, adds a new token to them if there is one, and writes that into its slot. Without grouped query heads a
-product is a row of multiplications: each of BLOCK places of a tile keeps a softmax of its own through the loop, so that
-nothing crosses the warps before the end. Grouped heads are the rows of a tile and go through the tensor cores.
+their results, adds a new token to them if there is one, and writes that into its slot, and its query into a ring if one
+is given. Without grouped query heads a product is a row of multiplications: each of BLOCK places of a tile keeps a
+softmax of its own through the loop, so that nothing crosses the warps before the end. Grouped heads are the rows of a
+tile and go through the tensor cores.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 # ruff: noqa: N803
@@ -210,13 +211,13 @@ def split_kernel(
             tl.store(lse + where, tl.where(total > 0, top + tl.log2(scaled), float("-inf")))
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "ring_slots"])
 def join_kernel(
-    part, lse, out, length, start, q, k, v, new_k, new_v,
-    slb, slh, ssb, ssh, sqb, sqh, skb, skh, skn, svb, svh, svn, snkb, snkh, snvb, snvh,
-    scale, splits, kv_heads, capacity,
+    part, lse, out, length, start, q, k, v, new_k, new_v, ring,
+    slb, slh, ssb, ssh, sqb, sqh, skb, skh, skn, svb, svh, svn, snkb, snkh, snvb, snvh, srb, srh, srn,
+    scale, splits, kv_heads, capacity, ring_slots,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
-    TENSOR: tl.constexpr, HAS_START: tl.constexpr, NEW: tl.constexpr, OVERLAP: tl.constexpr,
+    TENSOR: tl.constexpr, HAS_START: tl.constexpr, NEW: tl.constexpr, RING: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """(B * Hq,) programs: each joins the parts of one query head, PARTS at a time, and the new token."""
     if OVERLAP:
@@ -234,7 +235,8 @@ def join_kernel(
     mean = tl.zeros([WIDE], tl.float32)
     if NEW:  # while the first kernel still runs
         batch, kv_head = batch.to(tl.int64), kv_head.to(tl.int64)
-        query = tl.load(q + batch * sqb + (row % (GROUPS * kv_heads)) * sqh + channel, mask=inside, other=0.0)
+        query_head = (row % (GROUPS * kv_heads)).to(tl.int64)
+        query = tl.load(q + batch * sqb + query_head * sqh + channel, mask=inside, other=0.0)
         key = tl.load(new_k + batch * snkb + kv_head * snkh + channel, mask=inside, other=0.0)
         value = tl.load(new_v + batch * snvb + kv_head * snvh + channel, mask=inside, other=0.0)
         top = tl.sum(query.to(tl.float32) * key.to(tl.float32), 0) * scale
@@ -243,6 +245,9 @@ def join_kernel(
         if (row % GROUPS == 0) & (end < capacity):
             tl.store(k + batch * skb + kv_head * skh + end.to(tl.int64) * skn + channel, key, mask=inside)
             tl.store(v + batch * svb + kv_head * svh + end.to(tl.int64) * svn + channel, value, mask=inside)
+        if RING:
+            ring += batch * srb + query_head * srh + (end % ring_slots) * srn
+            tl.store(ring + channel, query.to(ring.dtype.element_ty), mask=inside & (end < capacity))
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     lane = tl.arange(0, PARTS)
@@ -280,6 +285,7 @@ def decode_attention(
     start: Tensor | None,
     scaling: float,
     new: tuple[Tensor, Tensor] | None = None,
+    ring: Tensor | None = None,
     *,
     blocks: Blocks | None = None,
 ) -> Tensor:
@@ -299,6 +305,7 @@ def decode_attention(
     if blocks is None:
         overlap = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
         blocks = choose(capacity, batch * kv_heads, groups, size, keys.itemsize, overlap)
+    target = query if ring is None else ring
     splits = max(1, triton.cdiv(capacity, blocks.chunk))
     wide = power_of_two(size)
     first, rest = parts(size) if blocks.halves else (wide, 0)
@@ -319,12 +326,12 @@ def decode_attention(
         num_warps=blocks.warps,
     )  # fmt: skip
     join_kernel[(batch * heads,)](
-        part, lse, out, length, query if start is None else start, query, keys, values, new_key, new_value,
+        part, lse, out, length, query if start is None else start, query, keys, values, new_key, new_value, target,
         *lengths, *starts, *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
-        *new_key.stride()[:2], *new_value.stride()[:2],
-        scale, splits, kv_heads, capacity,
+        *new_key.stride()[:2], *new_value.stride()[:2], *target.stride()[:3],
+        scale, splits, kv_heads, capacity, target.shape[2],
         GROUPS=groups, SIZE=size, CHUNK=blocks.chunk, PARTS=4096 // wide, WIDE=wide,
-        TENSOR=not isinstance(length, int), HAS_START=start is not None, NEW=new is not None, OVERLAP=blocks.overlap,
-        num_warps=4, **({"launch_pdl": True} if blocks.overlap else {}),
+        TENSOR=not isinstance(length, int), HAS_START=start is not None, NEW=new is not None, RING=ring is not None,
+        OVERLAP=blocks.overlap, num_warps=4, **({"launch_pdl": True} if blocks.overlap else {}),
     )  # fmt: skip
     return out

@@ -21,6 +21,7 @@ def packed_attention(
     start: Tensor | None,
     scaling: float,
     new: tuple[Tensor, Tensor] | None = None,
+    ring: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query a row over pages and the newest slots.
 
@@ -34,5 +35,5 @@ def packed_attention(
         from pyramidkv.ops.packed_attention import triton
 
         with kernels.on(query.device):
-            return triton.packed_attention(query, pages, keys, values, length, start, scaling, new)
-    return naive.packed_attention(query, pages, keys, values, length, start, scaling, new)
+            return triton.packed_attention(query, pages, keys, values, length, start, scaling, new, ring)
+    return naive.packed_attention(query, pages, keys, values, length, start, scaling, new, ring)

@@ -18,6 +18,7 @@ def packed_attention(
     start: Tensor | None,
     scaling: float,
     new: tuple[Tensor, Tensor] | None = None,
+    ring: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of one query a row over the tokens in pages and the slots [start, length) of buffers.
 
@@ -30,6 +31,7 @@ def packed_attention(
         scaling: factor of the logits.
         new: key (B, Hkv, 1, D) and value (B, Hkv, 1, Dv) of a new token, attended to as well and written into slot
             `length` of the buffers, which must be below C.
+        ring: (B, Hq, R, D), into slot `length` modulo R of which the query is written; only with `new`. None: nowhere.
 
     Returns:
         (B, Hq, 1, Dv) in the dtype of the query; zeros for rows with no tokens.
@@ -37,6 +39,8 @@ def packed_attention(
     if new is not None:
         naive.write(keys, new[0], length)
         naive.write(values, new[1], length)
+        if ring is not None:
+            naive.write(ring, query, naive.ring_slot(length, ring, query.shape[1] // keys.shape[1]))
         length = length + 1
     key, value = pages.unpack(torch.float32)
     all_keys, all_values = torch.cat([key, keys.float()], 2), torch.cat([value, values.float()], 2)

@@ -28,7 +28,7 @@ from pyramidkv.ops.quantize import value_group
 
 INTERPRETED = triton.knobs.runtime.interpret
 # What changes from layer to layer and token to token must not compile anything anew.
-_COUNTS = ["length", "capacity", "splits", "items", "per_program", "chunk", "row_pages"]
+_COUNTS = ["length", "capacity", "splits", "items", "per_program", "chunk", "row_pages", "ring_slots"]
 
 
 @dataclass(frozen=True)
@@ -434,11 +434,12 @@ def _add_parts(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def join_kernel(
-    q, part, lse, out, keys, values, new_key, new_value, length, start, count, row_pages,
-    sqb, sqh, skb, skh, skn, svb, svh, svn, slb, slh, ssb, ssh, snkb, snkh, snvb, snvh,
-    scale, heads, capacity, splits, items, per_program, chunk,
+    q, part, lse, out, keys, values, new_key, new_value, ring, length, start, count, row_pages,
+    sqb, sqh, skb, skh, skn, svb, svh, svn, slb, slh, ssb, ssh, snkb, snkh, snvb, snvh, srb, srh, srn,
+    ring_slots, scale, heads, capacity, splits, items, per_program, chunk,
     EVEN: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
-    PARTS: tl.constexpr, TENSOR: tl.constexpr, HAS_START: tl.constexpr, NEW: tl.constexpr, OVERLAP: tl.constexpr,
+    PARTS: tl.constexpr, TENSOR: tl.constexpr, HAS_START: tl.constexpr, NEW: tl.constexpr, RING: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """(Hq, B) programs: each joins the parts of one query head and a new token, and writes that into its slot."""
     if OVERLAP:
@@ -463,6 +464,9 @@ def join_kernel(
         if (group == 0) & (end < capacity):
             tl.store(keys + far * skb + far_head * skh + end.to(tl.int64) * skn + channel, key, mask=inside)
             tl.store(values + far * svb + far_head * svh + end.to(tl.int64) * svn + channel, value, mask=inside)
+        if RING:
+            ring += far * srb + query_head.to(tl.int64) * srh + (end % ring_slots) * srn
+            tl.store(ring + channel, query.to(ring.dtype.element_ty), mask=inside & (end < capacity))
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     lane = tl.arange(0, PARTS)
@@ -508,6 +512,7 @@ def packed_attention(
     start: Tensor | None,
     scaling: float,
     new: tuple[Tensor, Tensor] | None = None,
+    ring: Tensor | None = None,
     *,
     blocks: Blocks | None = None,
 ) -> Tensor:
@@ -519,6 +524,7 @@ def packed_attention(
     columns = max(8, groups * scales)
     query = dense(query)
     new_key, new_value = (query, query) if new is None else (dense(new[0]), dense(new[1]))
+    target = query if ring is None else ring
     if keys.stride(-1) != 1 or values.stride(-1) != 1:
         raise ValueError("the newest slots need their channels side by side")
     if blocks is None:
@@ -549,9 +555,10 @@ def packed_attention(
     )  # fmt: skip
     wide = power_of_two(size)
     join_kernel[(query_heads, batch)](
-        query, part, lse, out, keys, values, new_key, new_value, length, no_start, pages.count,
-        pages.row_pages, *strides, *new_key.stride()[:2], *new_value.stride()[:2], *numbers,
-        WIDE=wide, PARTS=max(4, 4096 // wide // 2), NEW=new is not None, num_warps=4, **shared,
+        query, part, lse, out, keys, values, new_key, new_value, target, length, no_start, pages.count,
+        pages.row_pages, *strides, *new_key.stride()[:2], *new_value.stride()[:2], *target.stride()[:3],
+        target.shape[2], *numbers,
+        WIDE=wide, PARTS=max(4, 4096 // wide // 2), NEW=new is not None, RING=ring is not None, num_warps=4, **shared,
         **({"launch_pdl": True} if blocks.overlap else {}),
     )  # fmt: skip
     return out
