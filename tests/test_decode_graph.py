@@ -82,6 +82,26 @@ def test_a_second_prompt_lies_in_the_same_buffers_and_captures_nothing():
     assert torch.equal(found, eager(plain, *shorter, **options)[0])
 
 
+@pytest.mark.parametrize("options", [{"bits": 4}, {"method": "echo", "heads": "adaptive", "bits": 8}], ids=str)
+def test_pages_lie_where_those_of_the_last_prompt_lay(options):
+    plain = model("llama-4-2-32")
+    ids, mask, _ = padded_batch((300, 140, 120))
+    options = {"keep": 0.5, "window": 6, "room": 50, **options}
+    with pyramidkv.compress(plain, **options) as session:
+        found = []
+        for start in (0, 0, 30, 0):  # another prompt, a shorter one, and the first again
+            prompt = ids[:, start:].flip(0) if start == 0 and len(found) == 1 else ids[:, start:]
+            real = mask[:, start:].flip(0) if start == 0 and len(found) == 1 else mask[:, start:]
+            found.append((prompt, real, plain.generate(prompt, attention_mask=real, **ARGUMENTS)))
+        # Heads of unequal length find room in larger pages; where all have the same, their number must be the same.
+        assert session._graph.captures == (1 if "heads" in options else 3)
+        gone = [pool._pages for pool in session._graph.pools]
+        assert gone == [None] * len(gone)  # in use
+    assert all(pool._pages is None for pool in session._graph.pools)
+    for prompt, real, tokens in found:
+        assert torch.equal(tokens, eager(plain, prompt, real, **options)[0])
+
+
 def test_full_buffers_grow_and_are_captured_again():
     plain = model("gpt_neox-2-2-80")
     ids, mask, _ = padded_batch((61, 40, 23))

@@ -59,7 +59,7 @@ class PackedStorage:
             room: free slots behind the newest.
             padded: some rows or heads keep fewer than `recent` slots.
             dtype: of what is stored as it is; None: theirs.
-            pool: where the buffers of the newest come from; None: from torch.
+            pool: where the buffers come from; None: from torch.
 
         Returns:
             A plain `Storage` if there is nothing to pack.
@@ -72,7 +72,12 @@ class PackedStorage:
             key, value = (t.detach().to(newest.dtype) for t in (key, value))
         old = index[:, :, :count]
         packed = Pages.gather(key, value, old, limits, recent, bits, pages)
-        return cls(packed, pack_positions(positions, old, tokens), newest)
+        storage = cls(packed, pack_positions(positions, old, tokens), newest)
+        if pool is not None:
+            free = pool.take_pages(packed, len(old))
+            storage.pages = packed if free is None else packed.moved(free)
+            pool.lend_pages(storage)
+        return storage
 
     @property
     def newest(self) -> Storage:

@@ -15,7 +15,6 @@ from torch import Tensor
 from pyramidkv.decode.pool import Buffers, Pool
 from pyramidkv.layer import PyramidKVLayer
 from pyramidkv.ops.pages import Pages
-from pyramidkv.ops.quantize import Codes
 from pyramidkv.packed import PackedStorage
 from pyramidkv.ring import QueryRing
 from pyramidkv.storage import Storage
@@ -74,8 +73,9 @@ class Lender:
     def __init__(self, pool: Pool | None, rows: int) -> None:
         self.pool = pool
         self.whole: Storage | None = None
+        self.pages: Pages | None = None
         self._rows = rows
-        self._lent = 0
+        self._lent = self._paged = 0
 
     def take(self, key: torch.Size, value: torch.Size, dtype: torch.dtype, device: torch.device) -> Buffers:
         """Buffers for the next rows, of shapes (R, H, C, D) and (R, H, C, Dv) or of a larger C."""
@@ -90,6 +90,18 @@ class Lender:
 
     def lend(self, storage: Storage) -> None:
         """The whole goes back to the pool, not its parts."""
+
+    def take_pages(self, like: Pages, rows: int) -> Pages:
+        """Room for the pages of the next rows."""
+        if self.pages is None:
+            free = None if self.pool is None else self.pool.take_pages(like, self._rows)
+            self.pages = like.room(self._rows) if free is None else free
+        here = slice(self._paged, self._paged + rows)
+        self._paged = here.stop
+        return self.pages.part(here)
+
+    def lend_pages(self, storage: PackedStorage) -> None:
+        """As `lend`."""
 
 
 def join(layer: PyramidKVLayer, parts: Sequence[PyramidKVLayer], lender: Lender) -> None:
@@ -118,22 +130,14 @@ def join(layer: PyramidKVLayer, parts: Sequence[PyramidKVLayer], lender: Lender)
         part.storage = None
     layer.storage = new
     if packed:
-        bitmap = torch.cat([s.bitmap for s in packed])
-        layer.storage = PackedStorage(join_pages([s.pages for s in packed]), bitmap, new)
+        assert lender.pages is not None
+        pages = Pages(lender.pages.keys, lender.pages.values, lender.pages.layout, packed[0].pages.even)
+        layer.storage = PackedStorage(pages, torch.cat([s.bitmap for s in packed]), new)
+        if layer.pool is not None:
+            layer.pool.lend_pages(layer.storage)
 
 
 def _offset(part: PyramidKVLayer) -> Tensor:
     assert part.storage is not None
     empty = torch.zeros(len(part.counts), 1, 1, dtype=torch.int32, device=part.storage.newest.keys.device)
     return empty if part.offset is None else part.offset
-
-
-def join_pages(parts: Sequence[Pages]) -> Pages:
-    """The pages of the rows of all, which have as many pages a row each."""
-    keys, values = (_join_codes([getattr(part, name) for part in parts]) for name in ("keys", "values"))
-    return Pages(keys, values, torch.cat([part.layout for part in parts], dim=1), parts[0].even)
-
-
-def _join_codes(parts: Sequence[Codes]) -> Codes:
-    tensors = {name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()}
-    return Codes(tensors["codes"], tensors.get("scale"), tensors.get("zero"), parts[0].bits)

@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from pyramidkv.ops.pages import Pages
+    from pyramidkv.packed import PackedStorage
     from pyramidkv.storage import Storage
 
 Buffers = tuple[Tensor, Tensor, Tensor]  # keys (B, H, C, D), values (B, H, C, Dv), positions (B, H, C) int32
 
 
 class Pool:
-    """The buffers of one layer, lent to one `Storage` at a time for as long as that is in use."""
+    """The buffers of one layer, lent to one `Storage` at a time for as long as that is in use; and so its pages."""
 
     def __init__(self) -> None:
         self._free: Buffers | None = None
+        self._pages: Pages | None = None
         self._open = True
 
     def take(self, key: torch.Size, value: torch.Size, dtype: torch.dtype, device: torch.device) -> Buffers | None:
@@ -40,9 +43,18 @@ class Pool:
         storage.lease = weakref.finalize(storage, self._give, storage.buffers())
         storage.lease.atexit = False
 
+    def take_pages(self, like: Pages, rows: int) -> Pages | None:
+        """The free pages if they have room for as many rows like those of `like`; if not, they are given up."""
+        free, self._pages = self._pages, None
+        return free if free is not None and free.serves(like, rows) else None
+
+    def lend_pages(self, storage: PackedStorage) -> None:
+        """Have the pages of `storage` back when nobody uses it any more."""
+        weakref.finalize(storage, self._give_pages, storage.pages).atexit = False
+
     def close(self) -> None:
         """Keep nothing from now on."""
-        self._free, self._open = None, False
+        self._free, self._pages, self._open = None, None, False
 
     def __deepcopy__(self, _: object) -> Pool:
         return self  # a forked cache may take from it too
@@ -50,3 +62,7 @@ class Pool:
     def _give(self, buffers: Buffers) -> None:
         if self._open:
             self._free = buffers
+
+    def _give_pages(self, pages: Pages) -> None:
+        if self._open:
+            self._pages = pages

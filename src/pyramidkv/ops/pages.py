@@ -50,6 +50,45 @@ class Pages:
         keys, values, layout = pack(key.detach(), value.detach(), index, limits, recent, pages, bits, even)
         return cls(keys, values, layout, even)
 
+    def serves(self, like: Pages, rows: int) -> bool:
+        """Whether there is room here for `rows` rows like those of `like`, of which there may be fewer or more.
+
+        Twice as many pages as needed serve, where heads need not have the same number.
+        """
+        spare = self.row_pages - like.row_pages
+        if (self.even, self.bits) != (like.even, like.bits) or not 0 <= spare <= (0 if like.even else like.row_pages):
+            return False
+        for have, want in zip(self.tensors().values(), like.tensors().values(), strict=True):
+            shape = (3, rows, *want.shape[2:]) if want is like.layout else (rows, *have.shape[1:2], *want.shape[2:])
+            if (have.shape, have.dtype, have.device) != (shape, want.dtype, want.device):
+                return False
+        return True
+
+    def room(self, rows: int) -> Pages:
+        """Pages for `rows` rows like these, yet to be written."""
+        keys, values = (
+            Codes(made["codes"], made.get("scale"), made.get("zero"), self.bits)
+            for made in (
+                {name: t.new_empty(rows, *t.shape[1:]) for name, t in codes.tensors().items()}
+                for codes in (self.keys, self.values)
+            )
+        )
+        return Pages(keys, values, self.layout.new_empty(3, rows, self.layout.shape[2]), self.even)
+
+    def part(self, rows: slice) -> Pages:
+        """Those of some rows, where they lie."""
+        keys, values = (
+            Codes(part["codes"], part.get("scale"), part.get("zero"), self.bits)
+            for part in ({name: t[rows] for name, t in codes.tensors().items()} for codes in (self.keys, self.values))
+        )
+        return Pages(keys, values, self.layout[:, rows], self.even)
+
+    def moved(self, to: Pages) -> Pages:
+        """The same, written over pages that serve for as many rows."""
+        places = [t if t is to.layout else t[:, : self.row_pages] for t in to.tensors().values()]
+        torch._foreach_copy_(places, list(self.tensors().values()))
+        return Pages(to.keys, to.values, to.layout, self.even)
+
     @property
     def first(self) -> Tensor:
         """(B, H) int32: a head's first page in its row."""
