@@ -232,6 +232,12 @@ def test_plan_of_bytes_ends_where_they_do():
     assert plan["kv_bytes"] <= 20_000_000
 
 
+def test_generate_says_when_positions_run_out(byte_model):
+    done = run("generate", "x" * 2050, "-m", byte_model, "-n", "1", "--budget", "64")
+    assert done.exit_code == 0
+    assert "a prompt of 2050 tokens: more than the model's 2048 positions" in done.stderr
+
+
 def test_plan_says_when_positions_run_out(byte_model):
     done = run("plan", byte_model, "-p", "4096")
     assert done.exit_code == 0

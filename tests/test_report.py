@@ -487,19 +487,45 @@ def test_the_fastest_engine_of_one_compression_is_the_headlines() -> None:
 # The renderers
 
 
-def test_a_narrow_terminal_keeps_names_whole() -> None:
+@pytest.mark.parametrize("width", [50, 60, 80, 100, 200])
+def test_a_narrow_terminal_keeps_names_whole_and_shows_every_column(width: int) -> None:
     long = dataclasses.replace(KEPT, setting="share=0.25 heads=adaptive")
     out = StringIO()
     records: list[Record] = [run(), perplexity(FULL, FULL_NLL), perplexity(long, KEPT_NLL)]
     records += [perplexity(FULL, FULL_NLL, "books"), perplexity(long, KEPT_NLL, "books"), recall(long, "needle", 9)]
-    Console(file=out, width=60).print(methods_table(Results.from_records(records)).rich())
-    assert "heads=adaptive" in out.getvalue()
-    assert max(map(len, out.getvalue().splitlines())) <= 60
+    records += [speed(FULL, "DynamicCache", 0.1, 0.07, None), speed(KEPT, "pyramidkv", 0.7, 0.02, None)]
+    table = methods_table(Results.from_records(records))
+    Console(file=out, width=width).print(table.rich(width))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert len([line for line in lines if line.endswith(("─", "─ "))]) == len([x for x in lines if "Method" in x])
+    heads = [line.split() for line in lines if line.startswith("  Method")]
+    assert len(heads) == 1 if width == 200 else len(heads) > 1 if width < 100 else True
+    for word in (*table.columns[-2:], "heads=adaptive", "needle"):
+        assert word in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "most", "ticks"),
+    [
+        (-20, 40, 9, [-10, -3, -1, 0, 1, 3, 10, 30]),
+        (-20, 40, 7, [-10, -1, 0, 1, 10]),
+        (-100, 20000, 7, [-100, -1, 0, 1, 100, 10000]),
+        (-0.3, 40, math.inf, [0, 1, 3, 10, 30]),
+    ],
+)
+def test_an_axis_has_no_more_ticks_than_fit_beside_one_another(
+    low: float, high: float, most: float, ticks: list[float]
+) -> None:
+    pytest.importorskip("matplotlib")
+    from pyramidkv.report.panels import _decades
+
+    assert _decades(low, high, most) == ticks
 
 
 def test_rich_shows_brackets_as_they_are() -> None:
     out = StringIO()
-    Console(file=out, width=200).print(summary_table(Results.from_records(default_records())).rich())
+    Console(file=out, width=200).print(summary_table(Results.from_records(default_records())).rich(200))
     assert "+10.5% [+4.9, +16.4]" in out.getvalue()
 
 

@@ -36,11 +36,11 @@ class CompressionConfig:
         bytes: bytes of the whole cache, over all GPUs and with room for new tokens; a number or a text such as "1GiB",
             "800MB".
         window: observation queries: how many of the last queries of a forward are asked what they attend to. 32 for
-            most methods, 1024 for "rms" and "auto".
+            most methods, 1024 for "rms", 256 for "echo" and "auto".
         recent: newest tokens that every method keeps, never in fewer bits. As many as `window`, but at most 32 for
-            "rms" and "auto".
+            "rms", "echo" and "auto".
         kernel: width in tokens of the pooling over scores (SnapKV, arXiv 2404.14469, section 4.2); odd; 1 turns it off.
-            5 for most methods, 1 for "rms" and "auto".
+            5 for most methods, 1 for "rms", "echo" and "auto".
         pooling: "avg" or "max".
         beta: slope of the pyramid (PyramidKV, section 4.2); 1 is uniform, larger is steeper.
         heads: "uniform": every KV head of a layer keeps as many tokens; "adaptive": the pages of 64 tokens that a layer

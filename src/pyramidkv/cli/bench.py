@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyramidkv.cli.options import Device, Dtype, Force, Json, Model, compression_options, config_from
-from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, out
+from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, out, show_table
 
 if TYPE_CHECKING:
     from pyramidkv.config import CompressionConfig
@@ -202,12 +202,12 @@ def show_report(results: Sequence[Path], folder: Path, *, overwrite: bool, as_js
         json_out({"headline": headline(read), "files": [str(path) for path in (*results, *written)]})
         return
     if read.chosen is not None or not read.servings:
-        out.print(summary_table(read).rich())
+        show_table(summary_table(read))
     if len(read.variants) > 1:
-        out.print(methods_table(read).rich())
+        show_table(methods_table(read))
     for table in serving_tables(read):
-        out.print(table.rich())
-    out.print(headline(read), markup=False)
+        show_table(table)
+    out.print(headline(read), markup=False, soft_wrap=not out.is_terminal)
     for path in results:
         out.print(f"results: {path}", markup=False, soft_wrap=True)
     for path in written:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyramidkv.cli.options import Device, Dtype, Force, Json, Model, compression_options, config_from
-from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, note
+from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, note, warn_beyond_positions
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError, DataError
 from pyramidkv.models.shapes import DEFAULT_MODEL
@@ -90,6 +90,8 @@ def generate(
         note(f"{load_cache}: {past.get_seq_length():,} tokens seen, {config.method} {config.describe()}")
     if not quiet:
         note(f"{loaded.name}, {loaded.parameters:,} parameters; prompt of {ids.shape[1]:,} tokens")
+    tokens = ids.shape[1] + (0 if past is None else past.get_seq_length())
+    warn_beyond_positions(loaded.model.config, f"a prompt of {tokens} tokens", tokens + 1)
     if compare:
         _warm_up(loaded, ids, config)
 

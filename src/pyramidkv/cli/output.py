@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from pyramidkv.report.table import Table
+
 out = Console(highlight=False)
 err = Console(highlight=False, stderr=True)
+
+
+WIDE = 160  # characters a line where nobody looks through a window: in a file, in a pipe
+
+
+def show_table(table: Table) -> None:
+    """A table on stdout, in the width of the terminal."""
+    width = out.width if out.is_terminal or "COLUMNS" in os.environ else WIDE
+    out.print(table.rich(width), width=width, crop=False)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,6 +54,13 @@ def note(text: str) -> None:
 def warning(text: str) -> None:
     """A line about what may be wrong, on stderr."""
     _labelled("warning", "yellow", text)
+
+
+def warn_beyond_positions(model_config: Any, what: str, tokens: int) -> None:
+    """Warn where `what` takes a model beyond the positions that it was made for."""
+    most = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", tokens)
+    if tokens > most:
+        warning(f"{what}: more than the model's {most} positions; what it says behind them may be nonsense")
 
 
 def error(text: str) -> None:

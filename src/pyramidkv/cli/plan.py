@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from pyramidkv.cli.options import Json, compression_options, config_from
-from pyramidkv.cli.output import calm_libraries, json_out, note, out, warning
+from pyramidkv.cli.output import calm_libraries, json_out, note, out, warn_beyond_positions
 from pyramidkv.models.shapes import DEFAULT_MODEL
 
 _BAR = 24  # characters
@@ -61,9 +61,8 @@ def plan(
     parameters = count_parameters(model_config)
     estimate = Estimate.of(config, model_config, parameters=parameters, prompt=prompt, itemsize=chosen.itemsize)
     answer = _answer(estimate, model, parameters, str(chosen).removeprefix("torch."), batch, limit)
-    most = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", prompt)
-    if prompt + config.room > most:
-        warning(f"prompt={prompt}: with room for {config.room} new tokens, more than the model's {most} positions")
+    what = f"prompt={prompt} with room for {config.room} new tokens"
+    warn_beyond_positions(model_config, what, prompt + config.room)
     if as_json:
         json_out(answer)
     else:

@@ -16,6 +16,7 @@ _EQUAL = 0.05  # shares of the bytes that differ by less are drawn side by side
 _BESIDE, _SPREAD = 0.07, 0.21  # inches between two such points; most from the first to the last, of the axes
 _BAR = 0.46  # inches of one bar and the label above it
 _CHARACTER = 0.088  # inches of a character of 10 pt bold type, on the generous side
+_TICK = 0.42  # of a tick's label on an axis from left to right, such as "+1000"
 _WIDE = 12.0  # largest over smallest change from which a linear axis would hide the small ones
 
 
@@ -251,6 +252,12 @@ def fit(text: str, inches: float) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def _shorter(text: str, inches: float) -> str:
+    """The text; where it is too long, without what follows its last comma; or cut."""
+    short = text.rpartition(", ")[0]
+    return short if short and fit(text, inches) != text and fit(short, inches) == short else fit(text, inches)
+
+
 def _inches(axes: Axes) -> float:
     return float(axes.bbox.width / axes.figure.dpi)
 
@@ -263,7 +270,7 @@ def _right(axes: Axes, share: float, inches: float) -> float:
 
 def _label_above(axes: Axes, text: str, at: float) -> None:
     axes.annotate(
-        fit(text, 1.15 * _inches(axes)),  # not bold: narrower
+        _shorter(text, 1.15 * _inches(axes)),  # not bold: narrower
         (0, at + 0.23),
         xycoords=axes.get_yaxis_transform(),
         va="bottom",
@@ -303,6 +310,17 @@ def _share_axis(axes: Axes, shares: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
 
 
+def _decades(low: float, high: float, most: float) -> list[float]:
+    """Ticks of a symmetric logarithm: 0, 1, 3, 10, 30, ...; fewer where more than `most` would be seen."""
+    seen: list[float] = []
+    for steps, every in (((1, 3), 1), ((1,), 1), ((1,), 2), ((1,), 3)):
+        sizes = [step * 10.0**k for k in range(0, 8, every) for step in steps]
+        seen = [tick for tick in (0.0, *sizes, *(-size for size in sizes)) if low <= tick <= high]
+        if len(seen) <= most:
+            break
+    return sorted(seen)
+
+
 def _change_axis(axes: Axes, points: Sequence[Point | Estimate], which: Literal["x", "y"]) -> None:
     """A linear axis with signed ticks, or a symmetric logarithm where the changes span more than a decade or so."""
     axis = axes.xaxis if which == "x" else axes.yaxis
@@ -311,10 +329,11 @@ def _change_axis(axes: Axes, points: Sequence[Point | Estimate], which: Literal[
         # Linear within 1%, where noise lives; decades beyond.
         scale, limit = (axes.set_xscale, axes.set_xlim) if which == "x" else (axes.set_yscale, axes.set_ylim)
         scale("symlog", linthresh=1.0, linscale=0.5)
-        decades = [sign * step * 10.0**k for sign in (-1, 1) for k in range(8) for step in (1, 3)]
-        axis.set_major_locator(FixedLocator([0.0, *decades]))
         axis.set_minor_locator(NullLocator())
         highest = max(max(point.value, point.high if math.isfinite(point.high) else 0.0) for point in points)
         lowest = min(min(point.value, point.low if math.isfinite(point.high) else 0.0) for point in points)
-        limit(min(-0.3, lowest * (1.4 if lowest < 0 else 0.0)), highest * (1.4 if which == "y" else 4.0))
+        ends = min(-0.3, lowest * (1.4 if lowest < 0 else 0.0)), highest * (1.4 if which == "y" else 4.0)
+        limit(*ends)
+        most = _inches(axes) / _TICK if which == "x" else math.inf  # beside one another, labels soon overlap
+        axis.set_major_locator(FixedLocator(_decades(*ends, most)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
