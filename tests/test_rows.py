@@ -63,9 +63,7 @@ def test_budgets_are_those_of_the_whole_batch(options, grouped, monkeypatch):
     alike(model("llama-4-2-32"), ids, mask, grouped, monkeypatch, [4], window=6, room=20, **options)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"bits": 4, "recent": 8}, {"bits": 4, "recent": 8, "heads": "adaptive"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"bits": 4}, {"bits": 4, "heads": "adaptive"}], ids=str)
 def test_groups_fill_the_buffers_of_the_whole(options, steps_anywhere, monkeypatch):  # noqa: F811
     monkeypatch.setattr(rows.row_groups, "__defaults__", (130,))
     plain = model("gpt_neox-2-2-80")
