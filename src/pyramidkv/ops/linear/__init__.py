@@ -39,15 +39,8 @@ def why_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x times the transpose of the weight, plus the bias, for 1 to 16 rows.
 
-    The definition is `naive.linear`: products are added in float32 and rounded once. Results do not depend on the run.
-
-    Args:
-        x: (M, K).
-        weight: (N, K).
-        bias: (N,); None: 0.
-
-    Returns:
-        (M, N) in the dtype of x.
+    The definition, arguments and result are those of `naive.linear`. Products are added in float32 and rounded once;
+    results do not depend on the run.
     """
     if why_torch(x, weight, bias) is None:
         from pyramidkv.ops.linear import triton
