@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyramidkv.ops.kernels import dense, parts, power_of_two
+from pyramidkv.ops.partial_softmax import add_parts, joined, new_token, nothing, used
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,6 @@ def _put(base, row, ok, x, FIRST: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.con
     channel = FIRST + tl.arange(0, WIDE)
     keep = ok[:, None] & (channel < SIZE)[None, :]
     tl.store(base + row[:, None] * SIZE + channel[None, :], x, mask=keep)
-
-
-@triton.jit
-def _used(length, start, batch, head, slb, slh, ssb, ssh, TENSOR: tl.constexpr, HAS_START: tl.constexpr):
-    """The slots in use of a row and head."""
-    end = length
-    if TENSOR:
-        end = tl.load(length + batch * slb + head * slh)
-    begin = 0
-    if HAS_START:
-        begin = tl.load(start + batch * ssb + head * ssh)
-    return begin, end
 
 
 @triton.jit
@@ -130,8 +119,7 @@ def split_kernel(
     split, head = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     batch, kv_head = head // kv_heads, head % kv_heads
-    begin, end = _used(length, start, batch, kv_head, slb, slh, ssb, ssh, TENSOR, HAS_START)
-    end = tl.minimum(end, capacity)
+    begin, end = used(length, start, batch, kv_head, capacity, slb, slh, ssb, ssh, TENSOR, HAS_START)
     low, high = begin // CHUNK, tl.cdiv(end, CHUNK)  # the splits that have slots
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -225,55 +213,26 @@ def join_kernel(
     row = tl.program_id(0)
     head = row // GROUPS
     batch, kv_head = head // kv_heads, head % kv_heads
-    begin, end = _used(length, start, batch, kv_head, slb, slh, ssb, ssh, TENSOR, HAS_START)
-    end = tl.minimum(end, capacity)
+    begin, end = used(length, start, batch, kv_head, capacity, slb, slh, ssb, ssh, TENSOR, HAS_START)
     low, high = begin // CHUNK, tl.cdiv(end, CHUNK)
     channel = tl.arange(0, WIDE)
     inside = channel < SIZE
-    top = float("-inf")
-    total = 0.0
-    mean = tl.zeros([WIDE], tl.float32)
-    if NEW:  # while the first kernel still runs
-        batch, kv_head = batch.to(tl.int64), kv_head.to(tl.int64)
-        query_head = (row % (GROUPS * kv_heads)).to(tl.int64)
-        query = tl.load(q + batch * sqb + query_head * sqh + channel, mask=inside, other=0.0)
-        key = tl.load(new_k + batch * snkb + kv_head * snkh + channel, mask=inside, other=0.0)
-        value = tl.load(new_v + batch * snvb + kv_head * snvh + channel, mask=inside, other=0.0)
-        top = tl.sum(query.to(tl.float32) * key.to(tl.float32), 0) * scale
-        total = 1.0
-        mean = value.to(tl.float32)
-        if (row % GROUPS == 0) & (end < capacity):
-            tl.store(k + batch * skb + kv_head * skh + end.to(tl.int64) * skn + channel, key, mask=inside)
-            tl.store(v + batch * svb + kv_head * svh + end.to(tl.int64) * svn + channel, value, mask=inside)
-        if RING:
-            ring += batch * srb + query_head * srh + (end % ring_slots) * srn
-            tl.store(ring + channel, query.to(ring.dtype.element_ty), mask=inside & (end < capacity))
+    batch, kv_head = batch.to(tl.int64), kv_head.to(tl.int64)
+    query_head = (row % (GROUPS * kv_heads)).to(tl.int64)
+    top, total, mean = new_token(  # while the first kernel still runs
+        q + batch * sqb + query_head * sqh, new_k + batch * snkb + kv_head * snkh,
+        new_v + batch * snvb + kv_head * snvh, k + batch * skb + kv_head * skh, v + batch * svb + kv_head * svh,
+        ring + batch * srb + query_head * srh,
+        end, capacity, skn, svn, srn, ring_slots, row % GROUPS == 0, scale, channel, inside, WIDE, NEW, RING,
+    )  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    lane = tl.arange(0, PARTS)
-    tops = tl.full([PARTS], float("-inf"), tl.float32)
-    totals = tl.zeros([PARTS], tl.float32)
-    sums = tl.zeros([PARTS, WIDE], tl.float32)
+    tops, totals, sums = nothing(PARTS, WIDE)
     first = row.to(tl.int64) * splits
-    for step in range(low, high, PARTS):
-        there = step + lane < high
-        place = first + step + lane
-        weight = tl.load(lse + place, mask=there, other=float("-inf"))
-        x = tl.load(part + place[:, None] * SIZE + channel[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-        higher = tl.maximum(tops, weight)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        fade = tl.exp2(tops - shift)
-        share = tl.exp2(weight - shift)
-        totals = totals * fade + share
-        sums = sums * fade[:, None] + x * share[:, None]
-        tops = higher
-    highest = tl.maximum(tl.max(tops, 0), top)
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
-    fade = tl.exp2(tops - shift)
-    share = tl.exp2(top - shift)
-    total = tl.sum(totals * fade, 0) + total * share
-    mean = tl.sum(sums * fade[:, None], 0) + mean * share
-    mean = mean / tl.where(total > 0, total, 1.0)
+    tops, totals, sums = add_parts(
+        part, lse, first, low, high, channel, inside, tops, totals, sums, 1, SIZE, PARTS
+    )  # fmt: skip
+    mean = joined(tops, totals, sums, top, total, mean)
     tl.store(out + row.to(tl.int64) * SIZE + channel, mean.to(out.dtype.element_ty), mask=inside)
 
 

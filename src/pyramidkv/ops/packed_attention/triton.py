@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pyramidkv.ops.kernels import dense, parts, power_of_two
 from pyramidkv.ops.pages import Pages
+from pyramidkv.ops.partial_softmax import add_parts, joined, new_token, nothing, used
 from pyramidkv.ops.quantize import value_group
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -310,18 +311,6 @@ def _owner(item, count, first, row, heads, row_pages, per_program, HEADS: tl.con
     return tl.minimum(head, heads), (item - before) * per_program, page, pages
 
 
-@triton.jit
-def _used(length, start, row, head, capacity, slb, slh, ssb, ssh, TENSOR: tl.constexpr, HAS_START: tl.constexpr):
-    """The newest slots in use of a row and head."""
-    end = length
-    if TENSOR:
-        end = tl.load(length + row * slb + head * slh)
-    begin = 0
-    if HAS_START:
-        begin = tl.load(start + row * ssb + head * ssh)
-    return begin, tl.minimum(end, capacity)
-
-
 @triton.jit(do_not_specialize=_COUNTS)
 def split_kernel(
     q, part, lse, keys, values, length, start,
@@ -350,7 +339,7 @@ def split_kernel(
     if REST > 0:
         acc_rest = tl.zeros([REST, ROWS], tl.float32)
     if item < heads * splits:
-        begin, end = _used(length, start, batch, head, capacity, slb, slh, ssb, ssh, TENSOR, HAS_START)
+        begin, end = used(length, start, batch, head, capacity, slb, slh, ssb, ssh, TENSOR, HAS_START)
         base = (item % splits) * chunk
         begin -= base
         end = tl.minimum(end - base, chunk)
@@ -411,27 +400,6 @@ def split_kernel(
         tl.store(lse + where, tl.where(total > 0, top + tl.log2(some), float("-inf")), mask=real & (row % SCALES == 0))
 
 
-@triton.jit
-def _add_parts(
-    part, lse, low, high, base, group, channel, inside, lane, tops, totals, sums,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """The parts [low, high) of a row, added to running softmaxes, PARTS at a time."""
-    for step in range(low, high, PARTS):
-        there = step + lane < high
-        place = (base + step + lane) * GROUPS + group
-        weight = tl.load(lse + place, mask=there, other=float("-inf"))
-        x = tl.load(part + place[:, None] * SIZE + channel[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-        higher = tl.maximum(tops, weight)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        fade = tl.exp2(tops - shift)
-        share = tl.exp2(weight - shift)
-        totals = totals * fade + share
-        sums = sums * fade[:, None] + x * share[:, None]
-        tops = higher
-    return tops, totals, sums
-
-
 @triton.jit(do_not_specialize=_COUNTS)
 def join_kernel(
     q, part, lse, out, keys, values, new_key, new_value, ring, length, start, count, row_pages,
@@ -447,33 +415,21 @@ def join_kernel(
     query_head, batch = tl.program_id(0), tl.program_id(1)
     head = query_head // GROUPS
     group = query_head % GROUPS
-    begin, end = _used(length, start, batch, head, capacity, slb, slh, ssb, ssh, TENSOR, HAS_START)
+    begin, end = used(length, start, batch, head, capacity, slb, slh, ssb, ssh, TENSOR, HAS_START)
     channel = tl.arange(0, WIDE)
     inside = channel < SIZE
     far, far_head = batch.to(tl.int64), head.to(tl.int64)
-    top = float("-inf")
-    total = 0.0
-    mean = tl.zeros([WIDE], tl.float32)
-    if NEW:  # while the first kernel still runs
-        query = tl.load(q + far * sqb + query_head * sqh + channel, mask=inside, other=0.0)
-        key = tl.load(new_key + far * snkb + far_head * snkh + channel, mask=inside, other=0.0)
-        value = tl.load(new_value + far * snvb + far_head * snvh + channel, mask=inside, other=0.0)
-        top = tl.sum(query.to(tl.float32) * key.to(tl.float32), 0) * scale
-        total = 1.0
-        mean = value.to(tl.float32)
-        if (group == 0) & (end < capacity):
-            tl.store(keys + far * skb + far_head * skh + end.to(tl.int64) * skn + channel, key, mask=inside)
-            tl.store(values + far * svb + far_head * svh + end.to(tl.int64) * svn + channel, value, mask=inside)
-        if RING:
-            ring += far * srb + query_head.to(tl.int64) * srh + (end % ring_slots) * srn
-            tl.store(ring + channel, query.to(ring.dtype.element_ty), mask=inside & (end < capacity))
+    far_query = query_head.to(tl.int64)
+    top, total, mean = new_token(  # while the first kernel still runs
+        q + far * sqb + far_query * sqh, new_key + far * snkb + far_head * snkh,
+        new_value + far * snvb + far_head * snvh, keys + far * skb + far_head * skh,
+        values + far * svb + far_head * svh, ring + far * srb + far_query * srh,
+        end, capacity, skn, svn, srn, ring_slots, group == 0, scale, channel, inside, WIDE, NEW, RING,
+    )  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    lane = tl.arange(0, PARTS)
-    tops = tl.full([PARTS], float("-inf"), tl.float32)
-    totals = tl.zeros([PARTS], tl.float32)
-    sums = tl.zeros([PARTS, WIDE], tl.float32)
-    base = far * items
+    tops, totals, sums = nothing(PARTS, WIDE)
+    place = far * items * GROUPS + group
     offset = heads * splits
     if EVEN:
         each = tl.cdiv(row_pages // heads, per_program)
@@ -484,21 +440,15 @@ def join_kernel(
         index = tl.arange(0, HEADS)
         low = offset + tl.sum(tl.where(index < head, programs, 0), 0)
         high = low + tl.sum(tl.where(index == head, programs, 0), 0)
-    tops, totals, sums = _add_parts(
-        part, lse, low, high, base, group, channel, inside, lane, tops, totals, sums, GROUPS, SIZE, PARTS
-    )
+    tops, totals, sums = add_parts(
+        part, lse, place, low, high, channel, inside, tops, totals, sums, GROUPS, SIZE, PARTS
+    )  # fmt: skip
     low = head * splits + begin // chunk
     high = head * splits + tl.cdiv(end, chunk)
-    tops, totals, sums = _add_parts(
-        part, lse, low, high, base, group, channel, inside, lane, tops, totals, sums, GROUPS, SIZE, PARTS
-    )
-    highest = tl.maximum(tl.max(tops, 0), top)
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
-    fade = tl.exp2(tops - shift)
-    share = tl.exp2(top - shift)
-    total = tl.sum(totals * fade, 0) + total * share
-    mean = tl.sum(sums * fade[:, None], 0) + mean * share
-    mean = mean / tl.where(total > 0, total, 1.0)
+    tops, totals, sums = add_parts(
+        part, lse, place, low, high, channel, inside, tops, totals, sums, GROUPS, SIZE, PARTS
+    )  # fmt: skip
+    mean = joined(tops, totals, sums, top, total, mean)
     out += (far * (heads * GROUPS) + query_head) * SIZE
     tl.store(out + channel, mean.to(out.dtype.element_ty), mask=inside)
 
