@@ -81,6 +81,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.pool: Pool | None = None  # where buffers come from; None: from torch
         self.expected: list[int] = []  # real tokens that each row's prompt will have, if that was told
         self.among: tuple[list[int], int] | None = None  # tokens of all rows of a batch to join, first of these rows
+        self.lasting: Tensor | None = None  # (B, Hkv, *) float16, of the newest slots: what the scorer said of new keys
         self.prompts: list[int] = []  # real tokens seen of each row after the last forward of several
         self.ring: QueryRing | None = None  # queries of decoded tokens, if a bound is set and the scorer looks at them
         self.full_at = 0  # slots at which to think of evicting while decoding; 0: not known yet
@@ -141,7 +142,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything; the layer can be used for another prompt."""
-        self.storage, self.offset, self.seen, self.settled = None, None, 0, 0
+        self.storage, self.offset, self.lasting, self.seen, self.settled = None, None, None, 0, 0
         self.ring, self.full_at, self.before = None, 0, None
         self.counts, self.held, self.prompts, self.expected = [], [], [], []
         self.is_initialized = False
@@ -158,6 +159,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             indices = indices.nonzero()[:, 0]
         self.before = None
         self.storage = self.storage.rows(indices)
+        self.lasting = None if self.lasting is None else self.lasting.index_select(0, indices.to(self.lasting.device))
         self.ring = None if self.ring is None else self.ring.rows(indices)
         # Where all rows are alike there is no need to read the indices back from the device.
         rows = [0] * len(indices) if self.offset is None else indices.tolist()
@@ -299,7 +301,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             seen_tokens=max(self.counts, default=0),
             kept_tokens=max(self.held, default=0),
             packed=isinstance(self.storage, PackedStorage),
-            kv_bytes=sum(held.nbytes for held in (self.storage, self.ring) if held is not None),
+            kv_bytes=sum(held.nbytes for held in (self.storage, self.ring, self.lasting) if held is not None),
             full_kv_bytes=full,
         )
 
@@ -401,14 +403,38 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.held = [min(pair) for pair in zip(available, allowed[at:], strict=False)]
         width = max(self.held) if self.among is None else max(min(pair) for pair in zip(everyone, allowed, strict=True))
         padded = min(self.held) < width
+        lasting = self._lasting(positions, query.shape[2])
         if width == slots and not padded and not isinstance(self.storage, PackedStorage):
             if self.plan.config.packs:
                 self.settled = self.seen + query.shape[2]
+            if lasting is not None:
+                self._score(query, key, value, valid, positions, scaling, lasting)
             self._keep(key, value, positions, None, self.held, padded, available)
+            self.lasting = lasting
             return
         self.settled = self.seen + query.shape[2]
-        chosen = self._choose(query, key, value, valid, positions, scaling, available, width)
+        chosen = self._choose(query, key, value, valid, positions, scaling, available, width, lasting)
         self._keep(key, value, positions, *chosen, padded, available)
+        self.lasting = None
+        if lasting is not None and self._unfinished:
+            index = chosen[0]
+            self.lasting = lasting.gather(2, index.clamp(min=0)).masked_fill_(index < 0, 0.0)
+
+    @property
+    def _unfinished(self) -> bool:
+        """Whether more of the prompt was announced than has come."""
+        return any(n < m for n, m in zip(self.counts, self.expected, strict=False))
+
+    def _lasting(self, positions: Tensor, new: int) -> Tensor | None:
+        """(B, Hkv, K) float16: what the scorer said of the stored keys when they were new, 0 for the `new` ones."""
+        if self.scorer is None or not self.scorer.lasts or not (self._unfinished or self.lasting is not None):
+            return None
+        empty = torch.zeros(positions.shape, dtype=torch.float16, device=positions.device)
+        if self.lasting is not None:
+            both = min(self.lasting.shape[2], positions.shape[2] - new)  # those in front are empty slots
+            end = positions.shape[2] - new
+            empty[:, :, end - both : end] = self.lasting[:, :, self.lasting.shape[2] - both :]
+        return empty
 
     def make_room(self, new: int) -> None:
         """Before `new` tokens are added while decoding: evict, if that many would be too many for `slack`."""
@@ -470,26 +496,40 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         scaling: float,
         available: list[int],
         width: int,
+        lasting: Tensor | None = None,
     ) -> tuple[Tensor, Sequence[int] | Tensor]:
         """The slots to keep, (B, H, width) as `select` gives them, as many as `held`; and how many, as it was told."""
-        if self.scorer is None:
-            scores = positions.float()  # nothing is dropped but padding: any finite score will do
-        else:
-            first = first_head(self.plan.shape.layers[self.layer].kv_heads, key.shape[1])
-            seen = Observation(
-                query, key, value, scaling, valid, positions, self.counts, self.layer, first, self.rotary
-            )
-            scores = self.scorer.score(seen)
-            if scores.shape != positions.shape:
-                raise ConfigError(
-                    f"method={self.plan.config.method!r}: score() returned {tuple(scores.shape)}; "
-                    f"it must be (B, Hkv, K), here {tuple(positions.shape)}"
-                )
+        scores = self._score(query, key, value, valid, positions, scaling, lasting)
         recent = self.plan.config.recent
         each: Sequence[int] | Tensor = self.held
         if self.plan.config.heads == "adaptive":
             each, width = head_limits(scores, self.held, available, recent, valid), scores.shape[2]
         return select(scores, each, width, recent=recent, valid=valid, finite=True), each
+
+    def _score(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None,
+        positions: Tensor,
+        scaling: float,
+        lasting: Tensor | None,
+    ) -> Tensor:
+        """(B, H, K): the method's word on every slot."""
+        if self.scorer is None:
+            return positions.float()  # nothing is dropped but padding: any finite score will do
+        first = first_head(self.plan.shape.layers[self.layer].kv_heads, key.shape[1])
+        seen = Observation(
+            query, key, value, scaling, valid, positions, self.counts, self.layer, first, self.rotary, lasting
+        )
+        scores = self.scorer.score(seen)
+        if scores.shape != positions.shape:
+            raise ConfigError(
+                f"method={self.plan.config.method!r}: score() returned {tuple(scores.shape)}; "
+                f"it must be (B, Hkv, K), here {tuple(positions.shape)}"
+            )
+        return scores
 
     def _stored_as(self, like: Tensor) -> torch.dtype:
         name = self.plan.config.kv_dtype

@@ -36,12 +36,14 @@ class Observation:
     layer: int  # index of the layer in the model
     first_head: int = 0  # index in the model of the first KV head; tensor parallelism gives each process some of them
     rotary: Rotary | None = None  # for scorers that move queries
+    lasting: Tensor | None = None  # (B, Hkv, K), for scorers that last, if more of the prompt is to come
 
 
 class Scorer(ABC):
     """Says what each key is worth to later tokens."""
 
     moves = False  # True for a scorer that needs `Observation.rotary`
+    lasts = False  # True for a scorer that says something of the newest Q keys, in `Observation.lasting`, to read later
     observes = True  # False for a scorer that never looks at `Observation.query`: no queries are kept for it
 
     def __init__(self, config: CompressionConfig) -> None:
@@ -113,19 +115,24 @@ class EchoScorer(WideWindowScorer):
     A fact that only a later question will need gets little attention while the prompt is read: what repeats it, or asks
     for it, is not there yet. Asked again from behind the prompt, the queries of a fact find it: that is what reading a
     prompt twice shows (KVzip, arXiv 2505.23416), and moving the queries by the length of the prompt shows it without
-    the second forward. Of all those queries a key counts the ones of the tokens around it; keys of earlier forwards
-    have the other score alone. Each of the two is taken as a multiple of its mean over the head.
+    the second forward. Of all those queries a key counts the ones of the tokens around it, which are of its own forward:
+    keys of earlier chunks of a prompt keep what theirs said, keys of earlier turns have the other score alone. Each of
+    the two is taken as a multiple of its mean over the head.
     """
 
     moves = True
+    lasts = True
 
     def score(self, seen: Observation) -> Tensor:
         assert seen.rotary is not None
         new = seen.query.shape[2]
         valid = None if seen.valid is None else seen.valid[..., -new:]
-        # Moving all keys back is moving all queries on; there may be fewer keys. Of older keys nothing has asked now.
+        # Moving all keys back is moving all queries on; there may be fewer keys.
         back = seen.rotary.angles([-tokens for tokens in seen.tokens], seen.key.device)
         again = band_scores(seen.query, seen.key[:, :, -new:], seen.scaling, valid, back)
+        if seen.lasting is not None:
+            seen.lasting[:, :, -new:] = again
+            again = torch.cat([seen.lasting[:, :, :-new].float(), again], dim=2)
         return over_mean(again, super().score(seen), seen.valid)
 
 
