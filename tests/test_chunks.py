@@ -12,6 +12,8 @@ from pyramidkv import ConfigError, PyramidKVCache
 from pyramidkv.chunks import even_sizes
 from pyramidkv.layer import PyramidKVLayer
 from pyramidkv.models.source import load_model
+from pyramidkv.ops.over_mean import over_mean
+from pyramidkv.scorers import EchoScorer, WideWindowScorer
 
 NEOX, LLAMA, GEMMA = "gpt_neox-2-2-80", "llama-4-2-32", "gemma3-4-2-32"
 LENGTHS = (90, 31, 66)
@@ -187,3 +189,45 @@ def test_the_snippets_of_the_documentation_run(monkeypatch):
     names = {"pyramidkv": pyramidkv, "model": loaded.model, "inputs": inputs}
     for snippet in snippets:
         exec(compile(snippet.replace("100_000", "4"), "docs/long.md", "exec"), names)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"method": "echo"}, {"method": "auto"}, {"method": "echo", "bits": 8}], ids=str)
+def test_what_asked_for_a_key_when_it_was_new_counts_in_later_chunks(options, monkeypatch):
+    """Each stored slot has what its own chunk's queries said of it, to half precision, and is judged by it again."""
+    plain = model(NEOX)
+    said = {}  # by layer, row, head and position
+    score = EchoScorer.score
+    band = pyramidkv.scorers.band_scores
+
+    def watched(scorer, seen):
+        new = seen.query.shape[2]
+        fresh = []
+        monkeypatch.setattr(pyramidkv.scorers, "band_scores", lambda *a: fresh.append(band(*a)) or fresh[0])
+        older = seen.positions[:, :, :-new]
+        for row, head, slot in (older >= 0).nonzero().tolist() if seen.lasting is not None else ():
+            before = said[seen.layer, row, head, int(older[row, head, slot])]
+            assert float(seen.lasting[row, head, slot]) == pytest.approx(before, rel=2e-3, abs=1e-6)
+        out = score(scorer, seen)
+        newest = seen.positions[:, :, -new:]
+        for row, head, slot in (newest >= 0).nonzero().tolist():
+            said[seen.layer, row, head, int(newest[row, head, slot])] = float(fresh[0][row, head, slot])
+        if seen.lasting is not None:
+            asked = torch.cat([seen.lasting[:, :, :-new].float(), fresh[0]], 2)
+            wide = WideWindowScorer.score(scorer, seen)
+            torch.testing.assert_close(out, over_mean(asked, wide, seen.valid))
+        carried.append(seen.lasting is not None and bool((seen.lasting[:, :, :-new] > 0).any()))
+        return out
+
+    monkeypatch.setattr(EchoScorer, "score", watched)
+    carried = []
+    ids, mask, _ = padded_batch((400, 150, 390))
+    cache = cache_for(plain, **{"window": 16, "recent": 4, "budget": 150, **options})
+    pyramidkv.prefill(plain, ids, cache, chunk=100, attention_mask=mask)
+    layers = len(cache.layers)
+    assert carried == [False] * layers + [True] * 3 * layers
+    assert all(layer.lasting is None for layer in cache.layers), "of a whole prompt nothing is kept"
+    carried.clear()
+    whole = cache_for(plain, **{"window": 16, "recent": 4, "budget": 150, **options})
+    pyramidkv.prefill(plain, ids, whole, chunk=400, attention_mask=mask)
+    assert not any(carried)

@@ -427,7 +427,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _lasting(self, positions: Tensor, new: int) -> Tensor | None:
         """(B, Hkv, K) float16: what the scorer said of the stored keys when they were new, 0 for the `new` ones."""
-        if self.scorer is None or not self.scorer.lasts or not (self._unfinished or self.lasting is not None):
+        if not getattr(self.scorer, "lasts", False) or not (self._unfinished or self.lasting is not None):
             return None
         empty = torch.zeros(positions.shape, dtype=torch.float16, device=positions.device)
         if self.lasting is not None:

@@ -115,9 +115,9 @@ class EchoScorer(WideWindowScorer):
     A fact that only a later question will need gets little attention while the prompt is read: what repeats it, or asks
     for it, is not there yet. Asked again from behind the prompt, the queries of a fact find it: that is what reading a
     prompt twice shows (KVzip, arXiv 2505.23416), and moving the queries by the length of the prompt shows it without
-    the second forward. Of all those queries a key counts the ones of the tokens around it, which are of its own forward:
-    keys of earlier chunks of a prompt keep what theirs said, keys of earlier turns have the other score alone. Each of
-    the two is taken as a multiple of its mean over the head.
+    the second forward. Of all those queries a key counts the ones of the tokens around it, of its own forward: keys of
+    earlier chunks of a prompt keep what theirs said, those of earlier turns have the other score alone. Each of the two
+    is taken as a multiple of its mean over the head.
     """
 
     moves = True
