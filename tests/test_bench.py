@@ -119,7 +119,7 @@ def test_an_interrupted_run_keeps_what_is_done_and_goes_on(folder, tmp_path, mon
 
 def test_resume_refuses_other_settings_and_half_written_files(folder, tmp_path):
     bench.run(settings(folder, metrics=("speed",)), tmp_path)
-    with pytest.raises(ConfigError, match=r"resume: .* was made with settings"):
+    with pytest.raises(ConfigError, match=r"resume: .* was made with prompt=50, this run has 51"):
         bench.run(settings(folder, metrics=("speed",), prompt=51), tmp_path, resume=True)
     path = tmp_path / schema.RESULTS
     path.write_text(path.read_text()[:-40])
@@ -195,6 +195,15 @@ def test_without_ablations_the_preset_stands_beside_the_method_at_equal_bytes():
     assert _others(CompressionConfig(budget=64), ablations=False) == []
 
 
+def test_a_run_that_measures_nothing_leaves_no_file_in_the_way(folder, tmp_path):
+    with pytest.raises(ConfigError, match="memory=1: the full cache needs"):
+        bench.run(settings(folder, metrics=("serving",), memory=1), tmp_path)
+    assert not (tmp_path / schema.RESULTS).exists()
+    with pytest.raises(ConfigError, match="memory=1: the full cache needs"):
+        bench.run(settings(folder, metrics=("speed", "serving"), memory=1), tmp_path)
+    assert kinds(tmp_path / schema.RESULTS) == ["run", "speed", "speed"]  # what was measured stays
+
+
 def test_a_companion_that_these_lengths_are_too_short_for_is_left_out_with_a_line(capsys):
     others = _others(CompressionConfig(keep=0.5), ablations=True)  # `auto` always keeps 32 tokens and a page of 64
     assert list(_that_fit(settings("unused", metrics=("perplexity",), context=97), others, shown=True)) == others
@@ -202,6 +211,8 @@ def test_a_companion_that_these_lengths_are_too_short_for_is_left_out_with_a_lin
     fit = list(_that_fit(settings("unused", metrics=("perplexity",), context=96), others, shown=True))
     assert [c for c in others if c not in fit] == [c for c in others if c.method == "auto"]
     line = capsys.readouterr().err
+    speed = settings("unused", metrics=("speed",), prompt=50)  # measures the first method alone
+    assert list(_that_fit(speed, others, shown=True)) == others
     assert line.startswith("not measured beside it: auto (context=96: must be longer than the 96 tokens")
 
 

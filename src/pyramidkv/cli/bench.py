@@ -166,7 +166,7 @@ def _that_fit(settings: Settings, others: list[CompressionConfig], *, shown: boo
 
     for other in others:
         try:
-            replace(settings, configs=(other,)).check()
+            replace(settings, configs=(*settings.configs, other)).check()
         except ConfigError as error:
             if shown:
                 err.print(f"not measured beside it: {other.method} ({error})", markup=False, soft_wrap=True)

@@ -141,17 +141,22 @@ def _run(settings: Settings, out: Path, ranks: Ranks, *, resume: bool, force: bo
             path.unlink(missing_ok=True)
         _write_first(path, head)
     file.done = ranks.gather({_job(record) for record in existing[1:]})[0]
-    for note in skipped:
-        if not file.has(note.what):
-            file.add(note.what, [note])
-    if "perplexity" in settings.metrics:
-        _perplexity(settings, loaded, corpora, file, progress)
-    if "recall" in settings.metrics:
-        _recall(settings, loaded, file, progress)
-    if "speed" in settings.metrics:
-        _speed(settings, loaded, file, progress)
-    if "serving" in settings.metrics:
-        _serving(settings, loaded, file, progress)
+    try:
+        for note in skipped:
+            if not file.has(note.what):
+                file.add(note.what, [note])
+        if "perplexity" in settings.metrics:
+            _perplexity(settings, loaded, corpora, file, progress)
+        if "recall" in settings.metrics:
+            _recall(settings, loaded, file, progress)
+        if "speed" in settings.metrics:
+            _speed(settings, loaded, file, progress)
+        if "serving" in settings.metrics:
+            _serving(settings, loaded, file, progress)
+    except BaseException:
+        if ranks.first and not existing and file.done <= {note.what for note in skipped}:
+            path.unlink(missing_ok=True)  # nothing was measured: no file to stand in the way of the next try
+        raise
     return path
 
 
@@ -218,10 +223,11 @@ def _check_same(path: Path, old: Run, new: Run) -> None:
     changing = {"command", "started_utc"}
     # Through JSON, since that is what became of the old one: tuples are lists there.
     before, now = (dataclasses.asdict(schema.from_json(schema.to_json(r))) for r in (old, new))
-    for name in before:
-        if name not in changing and before[name] != now[name]:
+    before, now = ({**facts["settings"], **facts} for facts in (before, now))  # one setting to name, not all
+    for name in before | now:
+        if name not in (*changing, "settings") and before.get(name) != now.get(name):
             raise ConfigError(
-                f"resume: {path} was made with {name}={before[name]!r}, this run has {now[name]!r}; "
+                f"resume: {path} was made with {name}={before.get(name)!r}, this run has {now.get(name)!r}; "
                 "use the same settings, or another --out"
             )
 
