@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -13,7 +14,7 @@ from pyramidkv.methods import METHODS
 from pyramidkv.ops.heads import row_pages
 from pyramidkv.packed import packed_bytes
 from pyramidkv.ring import SPARE
-from pyramidkv.shape import CacheShape
+from pyramidkv.shape import CacheShape, LayerShape
 from pyramidkv.storage import Spec
 
 
@@ -48,7 +49,7 @@ class Plan:
 
     def full_bytes(self, tokens: int, *, batch: int = 1, itemsize: int = 2) -> int:
         """Bytes of the keys and values of an uncompressed cache after a prompt of `tokens` tokens a row."""
-        full = sum(self._spec(layer, batch, itemsize).token_bytes for layer in self.shape.compressed)
+        full = sum(_spec(self.shape.layers[i], batch, itemsize).token_bytes for i in self.shape.compressed)
         return full * tokens + self._sliding_bytes(tokens, batch, itemsize)
 
     @property
@@ -97,27 +98,23 @@ class Plan:
         return self._split(low, tokens)
 
     def _bytes_of(self, budgets: Sequence[int], tokens: int, batch: int, itemsize: int) -> int:
-        layers = zip(self.shape.compressed, budgets, strict=True)
-        return sum(self._layer_bytes(layer, kept, tokens, batch, itemsize) for layer, kept in layers)
+        # Most layers are alike, and each counts once: a prefill waits for this.
+        alike = Counter(zip((self.shape.layers[i] for i in self.shape.compressed), budgets, strict=True))
+        return sum(n * self._layer_bytes(*layer, tokens, batch, itemsize) for layer, n in alike.items())
 
-    def _layer_bytes(self, layer: int, kept: int, tokens: int, batch: int, itemsize: int) -> int:
-        config, spec = self.config, self._spec(layer, batch, itemsize)
-        ring = batch * self._ring_bytes(layer, itemsize)
+    def _layer_bytes(self, shape: LayerShape, kept: int, tokens: int, batch: int, itemsize: int) -> int:
+        config, spec = self.config, _spec(shape, batch, itemsize)
+        ring = batch * self._ring_bytes(shape, itemsize)
         if not config.packs:
             return spec.slot_bytes * (kept + config.free) + ring
         pages = shared_pages(config, spec.heads, [kept], [tokens])
         recent, room = config.recent, config.free
         return packed_bytes(spec, kept, config.bits, pages, recent=recent, tokens=tokens, room=room) + ring
 
-    def _ring_bytes(self, layer: int, itemsize: int) -> int:
+    def _ring_bytes(self, shape: LayerShape, itemsize: int) -> int:
         """Of a row's newest queries, kept for an eviction while decoding."""
-        shape = self.shape.layers[layer]
         size = ring_size(self.config)
         return 0 if size is None else shape.heads * shape.head_dim * itemsize * (size + SPARE)
-
-    def _spec(self, layer: int, batch: int, itemsize: int) -> Spec:
-        shape = self.shape.layers[layer]
-        return Spec(batch, shape.kv_heads, shape.head_dim, shape.head_dim, itemsize)
 
     def _sliding_bytes(self, tokens: int | None, batch: int, itemsize: int) -> int:
         total = 0
@@ -126,6 +123,10 @@ class Plan:
                 held = layer.sliding_window if tokens is None else min(tokens, layer.sliding_window - 1)
                 total += 2 * layer.kv_heads * layer.head_dim * itemsize * held
         return batch * total
+
+
+def _spec(shape: LayerShape, batch: int, itemsize: int) -> Spec:
+    return Spec(batch, shape.kv_heads, shape.head_dim, shape.head_dim, itemsize)
 
 
 def shared_pages(
