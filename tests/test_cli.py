@@ -232,6 +232,17 @@ def test_plan_of_bytes_ends_where_they_do():
     assert plan["kv_bytes"] <= 20_000_000
 
 
+def test_a_table_in_a_file_is_not_folded(results, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for columns, lines in ((None, 1), ("40", 3)):
+        done = run("report", results, "--out", tmp_path / str(columns), columns=columns)
+        assert done.exit_code == 0
+        heads = [line for line in done.output.splitlines() if "Metric" in line]
+        assert len(heads) == lines
+        assert "Improvement" in done.output
+
+
 def test_generate_says_when_positions_run_out(byte_model):
     done = run("generate", "x" * 2050, "-m", byte_model, "-n", "1", "--budget", "64")
     assert done.exit_code == 0

@@ -25,7 +25,7 @@ WIDE = 160  # characters a line where nobody looks through a window: in a file, 
 def show_table(table: Table) -> None:
     """A table on stdout, in the width of the terminal."""
     width = out.width if out.is_terminal or "COLUMNS" in os.environ else WIDE
-    out.print(table.rich(width), width=width, crop=False)
+    Console(highlight=False, width=width).print(table.rich(width))  # `out` prints nothing wider than itself
 
 
 class Interrupted(KeyboardInterrupt):
