@@ -30,8 +30,6 @@ from pyramidkv.ops.decode_attention import naive as decode_naive
 from pyramidkv.ops.decode_attention import triton as decode
 from pyramidkv.ops.heads import naive as heads_naive
 from pyramidkv.ops.heads import triton as sharing
-from pyramidkv.ops.over_mean import naive as mean_naive
-from pyramidkv.ops.over_mean import triton as meaning
 from pyramidkv.ops.packed_attention import naive as packed_naive
 from pyramidkv.ops.packed_attention import triton as packed
 from pyramidkv.ops.packing import naive as packing_naive
@@ -444,9 +442,6 @@ def check_echo() -> dict[str, float]:
             expected = band_naive.band_scores(query.float(), key.float(), scaling, valid, (cos, sin))
             off = error(band.band_scores(query, key, scaling, valid, (cos, sin)), expected)
             found[f"band {model}"] = max(found.get(f"band {model}", 0.0), off, key=lambda e: (e != e, e))
-            one, two = torch.rand(2, 1, kv_heads, 6143, device="cuda") ** 4
-            off = error(meaning.over_mean(one[..., 99:], two, valid), mean_naive.over_mean(one[..., 99:], two, valid))
-            found["over mean"] = max(found.get("over mean", 0.0), off, key=lambda e: (e != e, e))
     for name, value in found.items():
         print(f"check {name}: {value:.2e} {'ok' if value < 1e-2 else 'WRONG'}", flush=True)
     return found
@@ -468,7 +463,6 @@ def echo_row(model: str, tokens: int, bandwidth: float) -> dict:
         ),
         "pass 1 floor": max(heads * vector, exponentials),
         "pass 1": microseconds([lambda s=s: band.sampled_log_sum_exp(s[0], s[1], s[4], None, s[2:4]) for s in sets]),
-        "over mean": microseconds([lambda x=x: meaning.over_mean(x[:, :kv_heads], x[:, -kv_heads:]) for x in lse]),
         "pass 2 floor": (heads + kv_heads) * vector,
         "pass 2, not turned": microseconds(
             [lambda s=s, x=x: band.near_scores(s[0], s[1], s[4], x, None) for s, x in zip(sets, lse, strict=True)]

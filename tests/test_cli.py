@@ -451,3 +451,16 @@ def test_doctor_of_a_broken_installation(monkeypatch):
     assert done.exit_code == 1
     assert "problem: torch 1.0: needs >=2.9" in done.stdout
     assert "problem: the model is gone" in done.stdout
+
+
+def test_recall_takes_every_amount(byte_model):
+    common = ("recall", "-m", byte_model, "--task", "needle", "--context", 400, "--examples", 1, "--json")
+    done = run(*common, "--method", "auto", "--share", 0.5, "--bits", 8)
+    assert done.exit_code == 0, done.output
+    full, packed = json.loads(done.stdout)
+    assert full["kv_bytes_share"] == 1 and 0.4 < packed["kv_bytes_share"] <= 0.5 and "bits=8" in packed["setting"]
+    assert [r["setting"] for r in json.loads(run(*common, "--method", "snapkv").stdout)[1:]] == [
+        f"keep={keep}" for keep in (0.5, 0.25, 0.125)
+    ]
+    both = run(*common, "--keep", 0.5, "--share", 0.5)
+    assert both.exit_code == 2 and "exactly one of budget, keep, share, bytes" in both.output

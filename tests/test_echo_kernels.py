@@ -1,7 +1,5 @@
 """What the scorer `echo` computes: plain definitions against loops, and Triton against those, as in test_kernels.py."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -9,8 +7,6 @@ from pyramidkv.ops import band_scores as band_package
 from pyramidkv.ops import turn as turn_package
 from pyramidkv.ops.band_scores import band_scores
 from pyramidkv.ops.band_scores import naive as band_naive
-from pyramidkv.ops.over_mean import naive as mean_naive
-from pyramidkv.ops.over_mean import over_mean
 from pyramidkv.ops.turn import naive as turn_naive
 from pyramidkv.ops.turn import turn
 from pyramidkv.ops.valid import by_head
@@ -189,62 +185,6 @@ def test_turning_is_a_rotation_of_pairs(shape):
     assert got.is_contiguous() and got.dtype == torch.float32
     assert distance(got, expected) < 1e-6
     assert torch.equal(got[..., 2 * half :], vectors[..., 2 * half :])
-
-
-def mean_case(shape, kind, device="cpu"):
-    """Two scores of each slot, one of them of the newest alone, NaN where no token is real, and which are."""
-    rows, heads, slots, newer = shape
-    make = torch.Generator().manual_seed(sum(shape))
-    one, two = (torch.rand(rows, heads, n, generator=make) ** 4 for n in (newer, slots))
-    valid = None if kind == "none" else torch.rand(rows, slots, generator=make) > 0.2
-    if kind == "heads":
-        valid = valid[:, None] & (torch.rand(rows, heads, slots, generator=make) > 0.2)
-    if valid is not None:
-        real = by_head(valid).expand(rows, heads, slots)
-        one = one.masked_fill(~real[..., slots - newer :], float("nan"))
-        two = two.masked_fill(~real, float("nan"))
-        valid = valid.to(device)
-    one[:, 0] *= 0.0  # a head without attention
-    return one.to(device), two.to(device), valid
-
-
-MEANS = [(1, 2, 300, 300), (2, 3, 130, 40), (7, 1, 5, 1)]
-
-
-@pytest.mark.parametrize("shape", MEANS)
-@pytest.mark.parametrize("kind", ["none", "padding", "heads"])
-def test_over_mean_is_its_definition(shape, kind):
-    one, two, valid = mean_case(shape, kind)
-    found = over_mean(one, two, valid)
-    for b, h in itertools.product(range(shape[0]), range(shape[1])):
-        real = torch.ones(shape[2], dtype=torch.bool) if valid is None else by_head(valid).expand(two.shape)[b, h]
-        padded = torch.cat([torch.zeros(shape[2] - shape[3]), one[b, h]])
-        means = [t[real].double().sum().item() / max(int(real.sum()), 1) for t in (padded, two[b, h])]
-        for slot in range(shape[2]):
-            terms = [t[slot].item() / max(m, 1e-30) for t, m in zip((padded, two[b, h]), means, strict=True)]
-            assert found[b, h, slot].item() == pytest.approx(max(terms) if real[slot] else 0.0, rel=1e-5)
-
-
-def compare_over_mean(shape, kind, device="cpu"):
-    from pyramidkv.ops.over_mean import triton
-
-    got = triton.over_mean(*mean_case(shape, kind, device))
-    assert got.isfinite().all()
-    return distance(got.cpu(), mean_naive.over_mean(*mean_case(shape, kind)))
-
-
-@interpreted
-@pytest.mark.parametrize("shape", [*MEANS, (1, 1, 5000, 4500)])
-@pytest.mark.parametrize("kind", ["none", "padding", "heads"])
-def test_interpreted_over_mean(shape, kind):
-    assert compare_over_mean(shape, kind) < 1e-6
-
-
-@on_gpu
-@pytest.mark.parametrize("shape", [*MEANS, (1, 32, 6144, 6144), (3, 8, 40000, 9000)])
-@pytest.mark.parametrize("kind", ["none", "padding", "heads"])
-def test_gpu_over_mean(shape, kind):
-    assert compare_over_mean(shape, kind, "cuda") < 1e-5
 
 
 def test_the_reason_for_plain_torch_is_given_by_echo(monkeypatch):

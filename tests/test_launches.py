@@ -14,7 +14,7 @@ from test_kernels import interpreted
 @interpreted
 @pytest.mark.parametrize(
     ("method", "lengths", "bound"),
-    [("pyramidkv", (300,), 9), ("echo", (300,), 10), ("auto", (300,), 16), ("auto", (300, 170), 40)],
+    [("pyramidkv", (300,), 9), ("echo", (300,), 7), ("auto", (300,), 13), ("auto", (300, 170), 23)],
 )
 def test_a_layer_launches_little(method, lengths, bound, monkeypatch):
     plain = model("gpt_neox-2-2-80")

@@ -36,7 +36,7 @@ class CompressionConfig:
         bytes: bytes of the whole cache, over all GPUs and with room for new tokens; a number or a text such as "1GiB",
             "800MB".
         window: observation queries: how many of the last queries of a forward are asked what they attend to. 32 for
-            most methods, 1024 for "rms", 256 for "echo" and "auto".
+            most methods, 1024 for "rms", 256 for "echo" and "auto", which ask them about older keys alone.
         recent: newest tokens that every method keeps, never in fewer bits. As many as `window`, but at most 32 for
             "rms", "echo" and "auto".
         kernel: width in tokens of the pooling over scores (SnapKV, arXiv 2404.14469, section 4.2); odd; 1 turns it off.

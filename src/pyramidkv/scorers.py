@@ -16,7 +16,6 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 from pyramidkv.config import CompressionConfig
 from pyramidkv.methods import register
 from pyramidkv.ops.band_scores import band_scores
-from pyramidkv.ops.over_mean import over_mean
 from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores import window_scores
 from pyramidkv.rotary import Rotary
@@ -110,14 +109,17 @@ class WideWindowScorer(WindowScorer):
 )
 @register("echo", window=256, recent=32, kernel=1)
 class EchoScorer(WideWindowScorer):
-    """Attention from the prompt's own queries, asked again behind it, or that of `rms`, whichever is larger.
+    """Attention from the prompt's own queries, asked again from behind it.
 
     A fact that only a later question will need gets little attention while the prompt is read: what repeats it, or asks
     for it, is not there yet. Asked again from behind the prompt, the queries of a fact find it: that is what reading a
     prompt twice shows (KVzip, arXiv 2505.23416), and moving the queries by the length of the prompt shows it without
-    the second forward. Of all those queries a key counts the ones of the tokens around it, of its own forward: keys of
-    earlier chunks of a prompt keep what theirs said, those of earlier turns have the other score alone. Each of the two
-    is taken as a multiple of its mean over the head.
+    the second forward. Of all those queries a key counts the ones of the tokens around it, of its own forward. These
+    are shares of attention, alike in all heads: a head that copies finds its keys again and scores high, one that does
+    not scores low, and budgets by head follow that.
+
+    Keys of earlier chunks of a prompt keep what their own forward said. Those of earlier turns, whose queries are gone,
+    have the score of `rms`, scaled to the mean of their head's new keys.
     """
 
     moves = True
@@ -132,8 +134,22 @@ class EchoScorer(WideWindowScorer):
         again = band_scores(seen.query, seen.key[:, :, -new:], seen.scaling, valid, back)
         if seen.lasting is not None:
             seen.lasting[:, :, -new:] = again
-            again = torch.cat([seen.lasting[:, :, :-new].float(), again], dim=2)
-        return over_mean(again, super().score(seen), seen.valid)
+            return torch.cat([seen.lasting[:, :, :-new].float(), again], dim=2)
+        if new == seen.key.shape[2]:
+            return again
+        older = super().score(seen)[..., :-new]
+        scale = _mean(again, valid) / _mean(older, None if seen.valid is None else seen.valid[..., :-new])
+        return torch.cat([older * scale, again], dim=2)
+
+
+def _mean(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """(B, H, 1): the mean of each head's scores (B, H, K) that are valid; never 0."""
+    if valid is None:
+        mean = scores.mean(-1, keepdim=True)
+    else:
+        real = by_head(valid)
+        mean = scores.where(real, 0.0).sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1)
+    return mean.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @register("h2o")

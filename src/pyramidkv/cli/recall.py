@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,10 @@ from pyramidkv.cli.options import Device, Dtype, Json, Model, compression_option
 from pyramidkv.cli.output import calm_libraries, json_out, keeping, out
 
 
-@compression_options("window", "recent", "kernel", "pooling", "beta", "sinks", "seed")
+@compression_options(
+    "budget", "share", "bytes", "window", "recent", "kernel", "pooling", "heads", "beta", "sinks", "seed", "bits",
+    "kv_dtype",
+)  # fmt: skip
 def recall(
     model: Model = "neox-16m",
     method: Annotated[
@@ -21,7 +25,11 @@ def recall(
     ] = None,
     keep: Annotated[
         list[float] | None,
-        typer.Option("--keep", "-k", help="Share of the tokens kept; may be repeated. Default: 0.5, 0.25, 0.125."),
+        typer.Option(
+            "--keep",
+            "-k",
+            help="Share of the tokens kept; may be repeated. Default, without another amount: 0.5, 0.25, 0.125.",
+        ),
     ] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="kv, needle or tracking; may be repeated. Default: all three.")
@@ -49,6 +57,8 @@ def recall(
         pyramidkv recall
 
         pyramidkv recall --method pyramidkv --method snapkv --keep 0.25 --task kv --context 4096
+
+        pyramidkv recall --method auto --share 0.125
     """
     from pyramidkv.config import CompressionConfig
     from pyramidkv.evaluate.bench import Settings, run
@@ -57,10 +67,12 @@ def recall(
     from pyramidkv.methods import METHODS
 
     chosen = method or [m for m in METHODS if m != "full"]
+    if any(options[name] is not None for name in ("budget", "share", "bytes")):
+        amounts: Sequence[float | None] = keep or [None]  # with --keep too, the config says that one amount is enough
+    else:
+        amounts = keep or [0.5, 0.25, 0.125]
     settings = Settings(
-        configs=tuple(
-            CompressionConfig.make(method=m, keep=k, **options) for k in keep or (0.5, 0.25, 0.125) for m in chosen
-        ),
+        configs=tuple(CompressionConfig.make(method=m, keep=k, **options) for k in amounts for m in chosen),
         model=model,
         device=device,
         dtype=dtype,
