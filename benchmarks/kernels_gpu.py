@@ -99,10 +99,9 @@ SWEEP_COMPACT = [  # rows, warps, halves
 ]  # fmt: skip
 
 SWEEP_BAND = [  # queries, warps, stages, registers
-    (32, 2, 2, 128), (32, 2, 2), (32, 1, 2), (32, 1, 1), (32, 2, 1, 128), (32, 4, 2), (64, 2, 2), (64, 2, 1),
-    (64, 4, 2), (64, 4, 2, 168), (64, 4, 1), (64, 8, 2), (16, 1, 2), (128, 8, 2),
+    (32, 2, 2, 128), (32, 2, 2), (32, 2, 2, 168), (32, 2, 1, 168), (32, 1, 2), (32, 1, 1), (32, 4, 2), (64, 2, 2),
+    (64, 4, 2), (64, 4, 2, 168), (64, 8, 2), (128, 8, 2),
 ]  # fmt: skip
-SWEEP_TURN = [(64, 4), (32, 4), (16, 4), (128, 4), (32, 2), (16, 2), (16, 1), (64, 8)]  # rows, warps
 
 
 def elapsed() -> float:
@@ -507,10 +506,23 @@ def echo_sweep(model: str, tokens: int, seconds: float) -> dict[str, float]:
                     for s, k in zip(sets, sample, strict=True)
                 ]
             )
-    for options in SWEEP_TURN:
+    window = [(s[0][:, :, -256:], s[1], s[4]) for s in sets]
+    for options in SWEEP_LSE[1024]:
         if elapsed() < seconds:
-            rows = turning.Blocks(*options)
-            found[f"turn {options}"] = microseconds([lambda s=s, p=rows: turning.turn(*s[1:4], p) for s in sets])
+            tiles = scores.Blocks(*options)
+            found[f"window 256, pass 1 {options}"] = microseconds(
+                [lambda s=s, p=tiles: scores.log_sum_exp(*s, None, blocks=p) for s in window]
+            )
+    sums = [scores.log_sum_exp(*s, None) for s in window]
+    for options in SWEEP_SUM[1024]:
+        if elapsed() < seconds:
+            tiles = scores.Blocks(*options)
+            found[f"window 256, pass 2 {options}"] = microseconds(
+                [
+                    lambda s=s, x=x, p=tiles: scores.probability_sums(*s, x, None, 2, True, blocks=p)
+                    for s, x in zip(window, sums, strict=True)
+                ]
+            )
     return found
 
 
