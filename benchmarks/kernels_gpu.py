@@ -506,23 +506,6 @@ def echo_sweep(model: str, tokens: int, seconds: float) -> dict[str, float]:
                     for s, k in zip(sets, sample, strict=True)
                 ]
             )
-    window = [(s[0][:, :, -256:], s[1], s[4]) for s in sets]
-    for options in SWEEP_LSE[1024]:
-        if elapsed() < seconds:
-            tiles = scores.Blocks(*options)
-            found[f"window 256, pass 1 {options}"] = microseconds(
-                [lambda s=s, p=tiles: scores.log_sum_exp(*s, None, blocks=p) for s in window]
-            )
-    sums = [scores.log_sum_exp(*s, None) for s in window]
-    for options in SWEEP_SUM[1024]:
-        if elapsed() < seconds:
-            tiles = scores.Blocks(*options)
-            found[f"window 256, pass 2 {options}"] = microseconds(
-                [
-                    lambda s=s, x=x, p=tiles: scores.probability_sums(*s, x, None, 2, True, blocks=p)
-                    for s, x in zip(window, sums, strict=True)
-                ]
-            )
     return found
 
 
