@@ -117,9 +117,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         else:
             self._check(key_states)
             self.before = remember(self)
-            past = self.storage.view(key_states.dtype)
-            keys = torch.cat([past[0], key_states], dim=2)
-            values = torch.cat([past[1], value_states], dim=2)
+            keys, values = self.storage.followed_by(key_states, value_states)
         keys.pyramidkv_layer = self  # type: ignore[attr-defined]
         return keys, values
 

@@ -116,9 +116,17 @@ class PackedStorage:
 
     def view(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The keys and values in use, unpacked: a copy, in `dtype` or that of the newest."""
-        key, value = self.new.view(dtype)
+        return self._followed_by(*self.new.view(dtype))
+
+    def followed_by(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values in use, unpacked, and (B, H, T, *) new ones behind them."""
+        return self._followed_by(*self.new.followed_by(key, value))
+
+    def _followed_by(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         old_key, old_value = self.pages.unpack(key.dtype)
-        return torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
+        key = torch.cat([old_key, key], dim=2)
+        del old_key  # each is as large as all that is kept
+        return key, torch.cat([old_value, value], dim=2)
 
     def valid(self) -> Tensor:
         """(B, length) bool, False for empty slots, or (B, H, length) where heads keep unequal numbers."""

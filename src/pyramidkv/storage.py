@@ -143,6 +143,11 @@ class Storage:
         key, value = self.keys[:, :, : self.length], self.values[:, :, : self.length]
         return (key, value) if dtype is None else (key.to(dtype), value.to(dtype))
 
+    def followed_by(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values in use, and (B, H, T, *) new ones behind them; in the dtype of these."""
+        old_key, old_value = self.view(key.dtype)
+        return torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
+
     def valid(self) -> Tensor | None:
         """(B, length) bool, False for empty slots; None when there can be none."""
         return self.positions[:, 0, : self.length] >= 0 if self.padded else None

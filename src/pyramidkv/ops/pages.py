@@ -134,8 +134,9 @@ class Pages:
         page = torch.arange(self.most, device=missing.device) - missing  # of the head
         page = (self.first[..., None] + page.clamp(min=0)).clamp(max=self.row_pages - 1).long()
         row = torch.arange(rows, device=page.device)[:, None, None]
-        keys, values = dequantize_keys(self.keys, dtype), dequantize_values(self.values, dtype)
-        return keys[row, page].flatten(2, 3), values[row, page].flatten(2, 3)
+        keys = dequantize_keys(self.keys.at(row, page), dtype)  # codes are moved, not numbers
+        values = dequantize_values(self.values.at(row, page), dtype)
+        return keys.flatten(2, 3), values.flatten(2, 3)
 
     def rows(self, index: Tensor) -> Pages:
         """A copy with the rows `index` (N,), in that order."""

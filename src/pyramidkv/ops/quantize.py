@@ -39,6 +39,11 @@ class Codes:
         taken = {name: t.index_select(0, index.to(t.device)) for name, t in self.tensors().items()}
         return Codes(taken["codes"], taken.get("scale"), taken.get("zero"), self.bits)
 
+    def at(self, row: Tensor, page: Tensor) -> Codes:
+        """The pages `page` of the rows `row`, (*) each, of codes (B, pages, ...)."""
+        taken = {name: t[row, page] for name, t in self.tensors().items()}
+        return Codes(taken["codes"], taken.get("scale"), taken.get("zero"), self.bits)
+
 
 def value_group(channels: int) -> int:
     """Channels of a value that share a scale: all of them up to 96, else the largest divisor up to `GROUP`."""
@@ -72,7 +77,7 @@ def dequantize_keys(packed: Codes, dtype: torch.dtype) -> Tensor:
     if packed.scale is None or packed.zero is None:
         return packed.codes.to(dtype)
     codes = _unpack(packed.codes, packed.bits).to(dtype)
-    return codes * packed.scale.to(dtype).unsqueeze(-2) + packed.zero.to(dtype).unsqueeze(-2)
+    return codes.mul_(packed.scale.to(dtype).unsqueeze(-2)).add_(packed.zero.to(dtype).unsqueeze(-2))
 
 
 def quantize_values(value: Tensor, bits: int) -> Codes:
@@ -89,7 +94,7 @@ def dequantize_values(packed: Codes, dtype: torch.dtype) -> Tensor:
     if packed.scale is None or packed.zero is None:
         return packed.codes.to(dtype)
     codes = _unpack(packed.codes.mT, packed.bits).reshape(*packed.scale.shape, -1).to(dtype)
-    value: Tensor = codes * packed.scale.to(dtype).unsqueeze(-1) + packed.zero.to(dtype).unsqueeze(-1)
+    value: Tensor = codes.mul_(packed.scale.to(dtype).unsqueeze(-1)).add_(packed.zero.to(dtype).unsqueeze(-1))
     return value.flatten(-2)
 
 
