@@ -35,6 +35,22 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def of_an_eviction(layer, held, monkeypatch):
+    """What a layer launches to keep `held` tokens of each row in the middle of decoding, as a Counter."""
+    from triton.runtime.interpreter import GridExecutor
+
+    counting = Launches()
+
+    def launch(self, *args, **kwargs):
+        counting.found[self.fn.__name__] += 1
+
+    monkeypatch.setattr(GridExecutor, "__call__", launch)
+    monkeypatch.setattr(kernels, "why_no_triton", lambda device: None)
+    with counting:
+        layer.evict_decoded(held)
+    return counting.found
+
+
 def of_a_prefill(model, cache, ids, monkeypatch, **inputs):
     """What each layer launches from the new keys to the eviction, attention itself left out, as a list of Counters."""
     from triton.runtime.interpreter import GridExecutor

@@ -126,6 +126,24 @@ def test_captured_steps_give_the_tokens_of_the_eager_path(name, decode):
     assert session._graph.captures == 4  # again for room; the second prompt finds its buffers; another batch twice
 
 
+@pytest.mark.parametrize("method", ["pyramidkv", "rms", "h2o", "knorm", "streamingllm", "random"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_evictions_between_captured_steps_keep_what_the_eager_path_keeps(method, rows):
+    plain = model("gpt_neox-2-2-80").cuda()
+    ids, mask, _ = (t.cuda() for t in padded_batch((200, 170, 20)[:rows]))  # the last row fills its budget later
+    options = {"method": method, "budget": 40, "window": 8, "slack": 18, "room": 18}
+    arguments = {"max_new_tokens": 160, "min_new_tokens": 160, "do_sample": False, "pad_token_id": 0}
+    found = []
+    for decode in ("eager", "graph"):
+        with pyramidkv.compress(plain, decode=decode, **options) as session:
+            for prompt in (ids, ids.flip(1)):  # the second finds buffers and graphs of the first
+                found.append(plain.generate(prompt, attention_mask=mask, **arguments))
+                kept = [x.storage.positions[:, 0, : x.storage.length] for x in session.cache.layers]
+                found.append(torch.cat(kept, dim=1))
+    assert (session._graph.captures, session._graph.evictions.captures) == (1, 1)
+    assert all(torch.equal(a, b) for a, b in zip(found[:4], found[4:], strict=True))
+
+
 @pytest.mark.parametrize("first", [0, 2])
 def test_sampling_with_a_replay_ahead_draws_the_same_tokens(first, monkeypatch):
     monkeypatch.setattr("pyramidkv.decode.ahead.FIRST", first)

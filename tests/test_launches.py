@@ -4,10 +4,11 @@ Run by `test_kernels.test_triton_in_its_interpreter`.
 """
 
 import pytest
+import torch
 
 import pyramidkv
 from families import model, padded_batch
-from launches import of_a_prefill
+from launches import of_a_prefill, of_an_eviction
 from test_kernels import interpreted
 
 
@@ -26,3 +27,18 @@ def test_a_layer_launches_little(method, lengths, bound, monkeypatch):
     for found in others:
         assert found.total() <= bound, dict(found)
     assert first.total() <= bound + 8  # what all layers share
+
+
+@interpreted
+@pytest.mark.parametrize(("method", "bound"), [("pyramidkv", 14), ("rms", 11), ("knorm", 8)])
+@torch.no_grad()
+def test_an_eviction_while_decoding_launches_little(method, bound, monkeypatch):
+    plain = model("gpt_neox-2-2-80")
+    plain.set_attn_implementation("pyramidkv")
+    cache = pyramidkv.PyramidKVCache(plain.config, method=method, budget=60, slack=8)
+    ids, _, _ = padded_batch((100,))
+    plain(ids, past_key_values=cache)
+    for token in range(5):
+        plain(ids[:, token : token + 1], past_key_values=cache)
+    found = of_an_eviction(cache.layers[1], [60], monkeypatch)
+    assert 5 < found.total() <= bound, dict(found)

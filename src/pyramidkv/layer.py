@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 from pyramidkv.decode.pool import Pool
 from pyramidkv.errors import ConfigError, UnsupportedError
 from pyramidkv.ops.attention import attention
+from pyramidkv.ops.compact import Slots
 from pyramidkv.ops.decode_attention import decode_attention, why_naive
 from pyramidkv.ops.heads import head_limits
 from pyramidkv.ops.packed_attention import packed_attention
@@ -266,13 +267,10 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             self.ring.push(query, self.storage.newest.length - queries)
         self.seen += queries
 
-    def foresee(self) -> None:
-        """Write the positions of tokens to come into the free slots, as if all of them were real."""
+    def to_come(self, tokens: int) -> Tensor:
+        """Positions of that many tokens to come, (1 or B, 1, tokens) int32, as if all of them were real."""
         assert self.storage is not None
-        storage = self.storage.newest
-        storage.positions[:, :, storage.length :] = self._columns(
-            storage.capacity - storage.length, storage.keys.device
-        )
+        return self._columns(tokens, self.storage.newest.keys.device)
 
     def advance(self) -> None:
         """Take note of one more token in every row, whose key, value and position are in the next free slot."""
@@ -411,7 +409,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             self.lasting = lasting
             return
         self.settled = self.seen + query.shape[2]
-        chosen = self._choose(query, key, value, valid, positions, scaling, available, width, lasting)
+        chosen = self._choose(query, key, value, valid, positions, scaling, self.held, available, width, lasting)
         self._keep(key, value, positions, *chosen, padded, available)
         self.lasting = None
         if lasting is not None and self._unfinished:
@@ -436,9 +434,15 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def make_room(self, new: int) -> None:
         """Before `new` tokens are added while decoding: evict, if that many would be too many for `slack`."""
+        held = self.overfull(new)
+        if held is not None:
+            self.evict_decoded(held)
+
+    def overfull(self, new: int) -> list[int] | None:
+        """Tokens that each row must be brought down to before `new` more come while decoding; None: there is room."""
         storage, slack = self.storage, self.plan.config.slack
         if slack is None or storage is None or storage.length + new <= self.full_at:
-            return
+            return None
         itemsize = storage.spec.itemsize
         allowed = decoding_limits(self.plan, self.rank, self.counts, self.prompts, itemsize=itemsize, ahead=slack)
         # Packing leaves slots that no row uses.
@@ -446,8 +450,9 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.full_at = max(allowed) + slack + empty
         above = any(n > limit for n, limit in zip(self.held, allowed, strict=True))
         asked = self.ring is None or self.ring.count > 0  # with no query to choose by, it waits for one
-        if above and asked and storage.length + new > self.full_at:
-            self._evict_decoded(storage, allowed)
+        if not (above and asked and storage.length + new > self.full_at):
+            return None
+        return [min(n, limit) for n, limit in zip(self.held, allowed, strict=True)]
 
     @property
     def crowded(self) -> bool:
@@ -455,21 +460,35 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.plan.config.slack is not None and (self.storage is None or self.storage.length >= self.full_at)
 
     @torch.no_grad()
-    def _evict_decoded(self, storage: Storage | PackedStorage, allowed: list[int]) -> None:
-        """Bring the layer back to its budget in the middle of decoding, in the buffers that it has."""
-        key, value = storage.view()
-        positions = storage.positions[:, :, : storage.length]
-        query = key[:, :, :0] if self.ring is None else self.ring.newest(storage.newest.length)
-        available = self.held
-        self.held = [min(n, limit) for n, limit in zip(available, allowed, strict=True)]
-        padded = min(self.held) < max(self.held)
-        width = max(self.held)
-        valid = storage.valid()
-        index, each = self._choose(query, key, value, valid, positions, self.scaling, available, width)
+    def evict_decoded(self, held: list[int]) -> None:
+        """Keep `held` tokens of each row in the middle of decoding, in the buffers that it has."""
+        storage, padded = self.storage, min(held) < max(held)
+        assert storage is not None
+        slots = self.slots()
+        index, each = self.survivors(slots, held)
         if isinstance(storage, PackedStorage):
-            self._keep(key, value, positions, index, each, padded, available)
+            available, self.held = self.held, held
+            self._keep(*slots, index, each, padded, available)
         else:
             storage.keep(index, padded)
+        self.evicted(held)
+
+    def slots(self) -> Slots:
+        """Keys, values and positions in use; those of a packed layer are unpacked."""
+        assert self.storage is not None
+        return *self.storage.view(), self.storage.positions[:, :, : self.storage.length]
+
+    def survivors(self, slots: Slots, held: list[int]) -> tuple[Tensor, Sequence[int] | Tensor]:
+        """Which of `slots()` an eviction of decoded tokens keeps, and how many, as `_choose` gives them."""
+        key, value, positions = slots
+        assert self.storage is not None
+        query = key[:, :, :0] if self.ring is None else self.ring.newest(self.storage.newest.length)
+        valid = self.storage.valid()
+        return self._choose(query, key, value, valid, positions, self.scaling, held, self.held, max(held))
+
+    def evicted(self, held: list[int]) -> None:
+        """Take note of an eviction of decoded tokens."""
+        self.held = held
         if self.ring is not None:
             self.ring.drop(self.ring.count)
         self.settled, self.full_at = self.seen, 0
@@ -492,16 +511,17 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         valid: Tensor | None,
         positions: Tensor,
         scaling: float,
+        held: list[int],
         available: list[int],
         width: int,
         lasting: Tensor | None = None,
     ) -> tuple[Tensor, Sequence[int] | Tensor]:
-        """The slots to keep, (B, H, width) as `select` gives them, as many as `held`; and how many, as it was told."""
+        """The slots to keep, (B, H, width) as `select` gives them, `held` of each row; and how many, as it was told."""
         scores = self._score(query, key, value, valid, positions, scaling, lasting)
         recent = self.plan.config.recent
-        each: Sequence[int] | Tensor = self.held
+        each: Sequence[int] | Tensor = held
         if self.plan.config.heads == "adaptive":
-            each, width = head_limits(scores, self.held, available, recent, valid), scores.shape[2]
+            each, width = head_limits(scores, held, available, recent, valid), scores.shape[2]
         return select(scores, each, width, recent=recent, valid=valid, finite=True), each
 
     def _score(

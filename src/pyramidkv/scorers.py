@@ -44,6 +44,9 @@ class Scorer(ABC):
     moves = False  # True for a scorer that needs `Observation.rotary`
     lasts = False  # True for a scorer that says something of the newest Q keys, in `Observation.lasting`, to read later
     observes = True  # False for a scorer that never looks at `Observation.query`: no queries are kept for it
+    # True if `score` launches the same work for tensors of the same shapes and copies no number from the host or to it:
+    # evictions while decoding are then replayed from a CUDA graph. Not inherited: each class says it of itself.
+    replays = False
 
     def __init__(self, config: CompressionConfig) -> None:
         self.config = config
@@ -64,6 +67,8 @@ class Scorer(ABC):
 @register("snapkv")
 class WindowScorer(Scorer):
     """Attention from the last `window` queries, pooled over neighbours (SnapKV, arXiv 2404.14469, section 4)."""
+
+    replays = True
 
     def score(self, seen: Observation) -> Tensor:
         window = min(self.config.window, seen.query.shape[2])
@@ -93,6 +98,8 @@ class WindowScorer(Scorer):
 @register("rms", window=1024, recent=32, kernel=1)
 class WideWindowScorer(WindowScorer):
     """Root mean square attention from the last `window` queries, over those that can see a key."""
+
+    replays = True
 
     def _attention(self, query: Tensor, seen: Observation) -> Tensor:
         return window_scores(query, seen.key, seen.scaling, seen.valid, power=2, per_visible=True)
@@ -156,6 +163,8 @@ def _mean(scores: Tensor, valid: Tensor | None) -> Tensor:
 class HeavyHitterScorer(Scorer):
     """Attention from all queries of the forward (H2O, arXiv 2306.14048, section 4)."""
 
+    replays = True
+
     def score(self, seen: Observation) -> Tensor:
         return window_scores(seen.query, seen.key, seen.scaling, seen.valid)
 
@@ -164,7 +173,7 @@ class HeavyHitterScorer(Scorer):
 class StreamingScorer(Scorer):
     """The first `sinks` tokens and the most recent ones (StreamingLLM, arXiv 2309.17453, section 3)."""
 
-    observes = False
+    observes, replays = False, True
 
     def score(self, seen: Observation) -> Tensor:
         position = seen.positions.float()
@@ -175,7 +184,7 @@ class StreamingScorer(Scorer):
 class KeyNormScorer(Scorer):
     """Small key norms first (Devoto et al., arXiv 2406.11430)."""
 
-    observes = False
+    observes, replays = False, True
 
     def score(self, seen: Observation) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(seen.key.float(), dim=-1)
@@ -186,7 +195,7 @@ class KeyNormScorer(Scorer):
 class RandomScorer(Scorer):
     """A random choice per layer and KV head that depends on the seed and a token's position alone."""
 
-    observes = False
+    observes, replays = False, True
 
     def score(self, seen: Observation) -> Tensor:
         heads = seen.key.shape[1]

@@ -180,13 +180,21 @@ class Storage:
 
         Buffers stay where they are: a captured graph holds their addresses.
         """
-        kept = index.shape[-1]
-        source = index.clamp(min=0)
-        for buffer in (self.keys, self.values):
-            buffer[:, :, :kept] = buffer.gather(2, source[..., None].expand(-1, -1, -1, buffer.shape[-1]))
-        self.positions[..., :kept] = self.positions.gather(2, source).masked_fill(index < 0, -1)
-        self.length, self.padded, self.holes = kept, padded, False
+        self.compact(index)
+        self.cut(index.shape[-1], padded)
         self.start = (index < 0).sum(-1, dtype=torch.int32) if padded else None
+
+    def compact(self, index: Tensor) -> None:
+        """Move the slots `index` (B, H, N) to the front; -1 is for an empty one."""
+        kept = index.shape[-1]
+        keys, values, positions = (t.new_empty(*t.shape[:2], kept, *t.shape[3:]) for t in self.buffers())
+        compact(self.buffers(), index, (keys, values, positions))  # not at once: a slot may lie where another is to go
+        for buffer, part in zip(self.buffers(), (keys, values, positions), strict=True):
+            buffer[:, :, :kept] = part
+
+    def cut(self, length: int, padded: bool) -> None:
+        """Free all slots behind the first `length`, of which some are empty if `padded`."""
+        self.length, self.padded, self.holes, self.start = length, padded, False, None
 
     def crop(self, slots: int) -> None:
         """Free the newest `slots` slots in use."""

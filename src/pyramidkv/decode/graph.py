@@ -20,11 +20,13 @@ from torch import Tensor
 from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.ahead import Ahead
 from pyramidkv.decode.compiled import compiled_step
+from pyramidkv.decode.evictions import Evictions
 from pyramidkv.decode.pool import Pool
 from pyramidkv.decode.step import PLACES, Place, Step, StepCache, step_of
 from pyramidkv.ops import kernels
 from pyramidkv.ops.pages import Pages
 from pyramidkv.packed import PackedStorage
+from pyramidkv.ring import QueryRing
 from pyramidkv.shape import cache_shape
 from pyramidkv.storage import Storage
 
@@ -45,13 +47,13 @@ def aside(device: torch.device) -> torch.cuda.Stream | None:
     return _ASIDE[device]
 
 
-def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """What replays a CUDA graph of `work`, which runs `WARM_UPS` times beforehand."""
+def record(work: Callable[[], None], device: torch.device, warm_ups: int = WARM_UPS) -> Callable[[], None]:
+    """What replays a CUDA graph of `work`, which runs `warm_ups` times beforehand."""
     stream = aside(device)
     assert stream is not None
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(WARM_UPS):
+        for _ in range(warm_ups):
             work()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -115,7 +117,9 @@ class DecodeGraph:
         self._storages: list[weakref.ref[Storage]] = []  # those that the device knows
         self._lengths: list[int] = []  # what it knows of them
         self._ahead = Ahead()
+        self.evictions = Evictions(record)
         self._held: list[Storage] = []  # kept alive for the replay that runs ahead
+        self._rings: dict[int, tuple[Tensor, weakref.ref[QueryRing]]] = {}  # of each layer, and who uses it
 
     def step(self, cache: PyramidKVCache, ids: Tensor, positions: Tensor | None) -> Tensor | None:
         """Logits (B, 1, V) of one new token a row, (B, 1); None if this token must go the usual way.
@@ -166,10 +170,15 @@ class DecodeGraph:
 
     def _ready(self, layers: list[PyramidKVLayer]) -> list[Storage] | None:
         """The buffers to write a token into, with a free slot each; None if this token must go the usual way."""
-        for layer in layers:
-            layer.make_room(1)
+        due = [(layer, held) for layer in layers if (held := layer.overfull(1)) is not None]
+        if due:
+            self.settle()
+            self.evictions.run(due)
         if any(layer.storage is None or (layer.ring is not None and _pages(layer)) for layer in layers):
             return None  # the queries of a packed layer lie by a length that the device does not know
+        for layer in layers:
+            if layer.ring is not None:
+                self._lodge(layer.layer, layer.ring)
         storages = [layer.storage.newest for layer in layers if layer.storage is not None]
         if any(s.holes for s in storages):
             return None
@@ -185,10 +194,22 @@ class DecodeGraph:
             return None
         return storages
 
+    def _lodge(self, layer: int, ring: QueryRing) -> None:
+        """Have the ring of another prompt lie where that of the last one did, if nobody uses that any more."""
+        home, user = self._rings.get(layer, (ring.queries, lambda: None))
+        if user() is ring and home is ring.queries:
+            return
+        self.settle()
+        alike = (home.shape, home.dtype, home.device) == (ring.queries.shape, ring.queries.dtype, ring.queries.device)
+        if home is not ring.queries and alike and user() is None:
+            ring.queries = home.copy_(ring.queries)
+        self._rings[layer] = ring.queries, weakref.ref(ring)
+
     def close(self) -> None:
         """Let graph and buffers go."""
         self.settle()
-        self._captured, self._keys, self._storages = None, [], []
+        self._captured, self._keys, self._storages, self._rings = None, [], [], {}
+        self.evictions.close()
         for pool in self.pools:
             pool.close()
 
@@ -197,11 +218,12 @@ class DecodeGraph:
         self._lengths = [s.length for s in storages]
         self._storages = [weakref.ref(s) for s in storages]
         at.lengths.copy_(torch.tensor(self._lengths, dtype=torch.int32)[:, None])
-        for layer, storage, start in zip(layers, storages, at.starts, strict=True):
-            layer.foresee()
-            if storage.start is None:
-                start.zero_()
-            else:
+        torch._foreach_zero_(at.starts)
+        free = [s.capacity - s.length for s in storages]
+        positions = layers[0].to_come(max(free))  # all layers have seen the same tokens
+        for storage, start, slots in zip(storages, at.starts, free, strict=True):
+            storage.positions[:, :, storage.length :] = positions[..., :slots]
+            if storage.start is not None:
                 start.copy_(storage.start)
 
     def _capture(self, layers: list[PyramidKVLayer], storages: list[Storage], ids: Tensor) -> _Captured:

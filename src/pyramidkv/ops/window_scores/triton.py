@@ -22,6 +22,9 @@ from pyramidkv.ops.kernels import dense, parts, power_of_two
 from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores.naive import askers, terms
 
+# Of a prompt or of an eviction while decoding: no kernel is compiled anew for one that 16 divides.
+_LENGTHS = ["window", "keys", "past", "span"]
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -142,7 +145,7 @@ def _lse_step(
     return higher, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LENGTHS)
 def lse_kernel(
     q, k, valid, asking, out, sqb, sqh, sqw, skb, skh, skn, svb, svh, sab,
     scale, window, keys, past, kv_heads, groups, span,
@@ -192,7 +195,7 @@ def lse_kernel(
     tl.store(out + (split * heads + head) * groups * window + row, lse, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def join_kernel(part, out, rows, splits, SPLITS: tl.constexpr, ROWS: tl.constexpr):
     """The log2-sum-exp of (splits, rows) log2-sum-exps."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -225,7 +228,7 @@ def _sum_step(
     return total + tl.sum(share, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LENGTHS)
 def sum_kernel(
     q, k, valid, lse, out, sqb, sqh, sqw, skb, skh, skn, svb, svh, scale, window, keys, past, kv_heads, groups,
     POWER: tl.constexpr, PER_VISIBLE: tl.constexpr,
