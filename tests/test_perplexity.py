@@ -89,7 +89,7 @@ def test_gemma_keeps_its_sliding_layers_through_a_shared_prefill():
 def test_a_comparison_in_which_nothing_was_compressed_fails():
     config = CompressionConfig(budget=CONTEXT - 1, window=8)
     plain = model("llama-2-2-64")
-    with pytest.raises(ConfigError, match="budget=40: must be below the context"):
+    with pytest.raises(ConfigError, match="budget=40: must be below context=40"):
         next(
             perplexity.measure(plain, "t", CORPUS, chunks(1), [CompressionConfig(budget=40, window=8)], context=CONTEXT)
         )

@@ -53,8 +53,8 @@ def result_caption(results: Results) -> str:
     parts = []
     if results.perplexities or results.recalls:
         parts.append(
-            "Quality against KV bytes; error bars are 95% intervals, the full cache is dashed or a grey mark. "
-            "Points at equal bytes are drawn side by side."
+            "Quality: error bars are 95% intervals, the full cache is dashed or a grey mark. Points of curves at equal "
+            "KV bytes are drawn side by side."
         )
     if results.speeds:
         parts.append(
