@@ -228,3 +228,23 @@ def test_what_asked_for_a_key_when_it_was_new_counts_in_later_chunks(options, mo
     whole = cache_for(plain, **{"window": 16, "recent": 4, "budget": 150, **options})
     pyramidkv.prefill(plain, ids, whole, chunk=400, attention_mask=mask)
     assert not any(carried)
+
+
+@torch.no_grad()
+def test_tokens_one_by_one_or_taken_back_in_the_middle_of_a_prompt():
+    """What was said of keys is not put to others: it begins anew."""
+    plain = model(NEOX)
+    ids = padded_batch((200,))[0]
+    for taken in (False, True):
+        cache = cache_for(plain, method="echo", window=16, recent=4, budget=120)
+        cache.expect_prompt([300])
+        plain(ids[:, :100], past_key_values=cache)
+        assert cache.layers[0].lasting is not None
+        plain(ids[:, 100:101], past_key_values=cache)
+        if taken:
+            cache.crop(-1)
+            assert cache.layers[0].lasting is None
+        else:
+            assert not cache.layers[0]._lasting(torch.zeros(1, 2, 111), 10).any()
+        assert plain(ids[:, 101:], past_key_values=cache).logits.isfinite().all()
+        assert cache.layers[0].lasting.shape[2] == cache.layers[0].storage.length

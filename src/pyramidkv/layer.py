@@ -191,7 +191,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.storage.crop(-tokens_to_remove)
         if self.ring is not None:
             self.ring.drop(-tokens_to_remove)
-        self.full_at, self.before = 0, None
+        self.full_at, self.before, self.lasting = 0, None, None
         self.seen += tokens_to_remove
         self.counts = [n - m for n, m in zip(self.counts, dropped, strict=True)]
         self.held = [n - m for n, m in zip(self.held, dropped, strict=True)]
@@ -426,7 +426,8 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         if not getattr(self.scorer, "lasts", False) or not (self._unfinished or self.lasting is not None):
             return None
         empty = torch.zeros(positions.shape, dtype=torch.float16, device=positions.device)
-        if self.lasting is not None:
+        # Tokens that came one by one in between would lie at its end: then all begins anew.
+        if self.lasting is not None and self.storage is not None and not self.storage.newest.appended:
             both = min(self.lasting.shape[2], positions.shape[2] - new)  # those in front are empty slots
             end = positions.shape[2] - new
             empty[:, :, end - both : end] = self.lasting[:, :, self.lasting.shape[2] - both :]
