@@ -318,3 +318,21 @@ def test_a_bound_is_kept_in_the_same_buffers(padded, method):
         assert session._graph.captures == 2
         assert other.report() == usage
         assert session.report() == usage
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "auto"}, {"method": "rms", "bits": 4}, {"method": "knorm", "bits": 8}], ids=str
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_bound_of_packed_caches_is_kept_in_the_same_pages(padded, options):
+    plain = model("llama-4-2-32")
+    ids, mask, _ = padded_batch((240, 190))
+    if not padded:
+        ids, mask = ids[:1], mask[:1]
+    options = {"budget": 130, "window": 8, "recent": 8, "slack": 9, "room": 9, **options}
+    expected, usage = eager(plain, ids, mask, **options)
+    with pyramidkv.compress(plain, **options) as session:
+        for _ in range(2):
+            assert torch.equal(plain.generate(ids, attention_mask=mask, **ARGUMENTS), expected)
+        assert session._graph.captures == 1
+        assert session.report().layers == usage.layers

@@ -144,6 +144,21 @@ def test_evictions_between_captured_steps_keep_what_the_eager_path_keeps(method,
     assert all(torch.equal(a, b) for a, b in zip(found[:4], found[4:], strict=True))
 
 
+@pytest.mark.parametrize("options", [{"method": "auto"}, {"method": "rms", "bits": 8}], ids=str)
+def test_evictions_of_packed_caches_between_captured_steps(options):
+    plain = model("gpt_neox-2-2-80").cuda()
+    ids, mask, _ = (t.cuda() for t in padded_batch((400, 300)))
+    options = {"budget": 130, "window": 8, "recent": 8, "slack": 18, "room": 18, **options}
+    arguments = {"max_new_tokens": 100, "min_new_tokens": 100, "do_sample": False, "pad_token_id": 0}
+    found = []
+    for decode in ("eager", "graph"):
+        with pyramidkv.compress(plain, decode=decode, **options) as session:
+            for prompt in (ids, ids.flip(1)):
+                found.append(plain.generate(prompt, attention_mask=mask, **arguments))
+    assert session._graph.captures == 1  # pages and buffers stay where they are
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
 @pytest.mark.parametrize("first", [0, 2])
 def test_sampling_with_a_replay_ahead_draws_the_same_tokens(first, monkeypatch):
     monkeypatch.setattr("pyramidkv.decode.ahead.FIRST", first)

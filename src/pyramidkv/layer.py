@@ -469,6 +469,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         index, each = self.survivors(slots, held)
         if isinstance(storage, PackedStorage):
             available, self.held = self.held, held
+            del storage  # what is kept is to lie where the old pages were: `slots` are copies
             self._keep(*slots, index, each, padded, available)
         else:
             storage.keep(index, padded)

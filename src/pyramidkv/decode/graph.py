@@ -174,8 +174,8 @@ class DecodeGraph:
         if due:
             self.settle()
             self.evictions.run(due)
-        if any(layer.storage is None or (layer.ring is not None and _pages(layer)) for layer in layers):
-            return None  # the queries of a packed layer lie by a length that the device does not know
+        if any(layer.storage is None for layer in layers):
+            return None
         for layer in layers:
             if layer.ring is not None:
                 self._lodge(layer.layer, layer.ring)
