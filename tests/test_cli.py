@@ -23,7 +23,7 @@ from pyramidkv.errors import ConfigError
 from pyramidkv.evaluate import schema
 from pyramidkv.evaluate.schema import Compression, Perplexity, Run
 
-COMMANDS = ("bench", "recall", "plan", "generate", "report", "doctor")
+COMMANDS = ("bench", "recall", "calibrate", "plan", "generate", "report", "doctor")
 MAIN = "from pyramidkv.cli import main; main()"
 WORDS = "The quick brown fox jumps over the lazy dog. " * 8
 
@@ -464,3 +464,15 @@ def test_recall_takes_every_amount(byte_model):
     ]
     both = run(*common, "--keep", 0.5, "--share", 0.5)
     assert both.exit_code == 2 and "exactly one of budget, keep, share, bytes" in both.output
+
+
+def test_calibrate_prints_what_layers_takes(byte_model):
+    common = ("-m", byte_model, "--keep", 0.5)
+    done = run("calibrate", *common, "--context", 600, "--prompts", 1)
+    assert done.exit_code == 0, done.output
+    weights = [float(weight) for weight in done.stdout.strip().splitlines()[-1].split(",")]
+    assert len(weights) == 3 and sum(weights) == pytest.approx(3, abs=0.01)
+    done = run("plan", byte_model, "--method", "auto", "--keep", 0.5, "--layers", done.stdout.strip(), "--json")
+    kept = [layer["budget_tokens"] for layer in json.loads(done.stdout)["layers"]]
+    assert kept == pytest.approx([weight * 6144 / 2 for weight in weights], abs=2)
+    assert run("plan", byte_model, "--layers", "1,2").exit_code == 2

@@ -69,18 +69,35 @@ def uniform_shares(layers: int, average: Fraction) -> list[Fraction]:
     return [average] * layers
 
 
+def weighted_shares(weights: Sequence[float], average: Fraction) -> list[Fraction]:
+    """Each layer's share in proportion to its weight; the mean is exactly `average`."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    unit = average * len(exact) / sum(exact)
+    return [weight * unit for weight in exact]
+
+
 @lru_cache(maxsize=4096)
 def layer_budgets(
-    schedule: str, *, layers: int, total: int, prompt: int, window: int, least: int, beta: float
+    schedule: str,
+    *,
+    layers: int,
+    total: int,
+    prompt: int,
+    window: int,
+    least: int,
+    beta: float,
+    weights: tuple[float, ...] | None = None,
 ) -> tuple[int, ...]:
     """Tokens kept by each layer, bottom layer first: `total` in all, between `least` and `prompt` each.
 
-    A prompt that fits is kept whole. `schedule` is "pyramid" or "uniform".
+    A prompt that fits is kept whole. `schedule` is "pyramid" or "uniform"; `weights`, one a layer, take its place.
     """
     if total >= layers * prompt:
         return (prompt,) * layers
     average = Fraction(total, layers)
-    if schedule == "pyramid":
+    if weights is not None:
+        shares = weighted_shares(weights, average)
+    elif schedule == "pyramid":
         shares = pyramid_shares(layers, average, window, Fraction(str(beta)))
     else:
         shares = uniform_shares(layers, average)

@@ -43,6 +43,8 @@ class CompressionConfig:
             5 for most methods, 1 for "rms", "echo" and "auto".
         pooling: "avg" or "max".
         beta: slope of the pyramid (PyramidKV, section 4.2); 1 is uniform, larger is steeper.
+        layers: what each layer's budget is to the others', bottom layer first, as numbers or a text of them ("1, 0.5");
+            in place of the method's own division. `pyramidkv.calibrate` measures them for a model.
         heads: "uniform": every KV head of a layer keeps as many tokens; "adaptive": the pages of 64 tokens that a layer
             can hold go to the heads whose scores are highest (Ada-KV, arXiv 2407.11550). "adaptive" for "auto".
         sinks: first tokens kept by "streamingllm" (arXiv 2309.17453).
@@ -69,6 +71,7 @@ class CompressionConfig:
     pooling: str = "avg"
     heads: str = None  # type: ignore[assignment]  # the method's own
     beta: float = 20.0
+    layers: tuple[float, ...] | str | None = None
     sinks: int = 4
     seed: int = 0
     bits: int = None  # type: ignore[assignment]  # the method's own
@@ -109,6 +112,10 @@ class CompressionConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: {unknown(getattr(self, name), allowed)}")
         if self.pooling not in ("avg", "max"):
             raise ConfigError(f"pooling={self.pooling!r}: {unknown(self.pooling, ('avg', 'max'))}")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _weights(self.layers))
+            if self.method == "full":
+                raise ConfigError(f"layers={self.layers!r}: method='full' keeps everything in every layer")
         if not _number(self.beta) or not 1 <= self.beta < math.inf:
             raise ConfigError(f"beta={self.beta!r}: must be 1 (uniform) or more")
         for name, of in (("keep", "prompt's tokens"), ("share", "full cache's bytes")):
@@ -196,6 +203,18 @@ def parse_bytes(name: str, value: int | str) -> int:
     if isinstance(value, bool) or size < 1:
         raise ConfigError(f"{name}={value!r}: must be a positive number of bytes, such as 500000000, '800MB' or '1GiB'")
     return size
+
+
+def _weights(value: Any) -> tuple[float, ...]:
+    """Positive numbers from a sequence or from a text with commas between them. Raises `ConfigError`."""
+    given = value.split(",") if isinstance(value, str) else value
+    try:
+        weights = tuple(float(part) for part in given)
+    except (TypeError, ValueError):
+        weights = ()
+    if not weights or not all(0 < weight < math.inf for weight in weights):
+        raise ConfigError(f"layers={value!r}: must be positive numbers, one a layer, such as '1.5, 1, 0.5'")
+    return weights
 
 
 def _number(value: object) -> bool:

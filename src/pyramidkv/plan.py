@@ -25,6 +25,12 @@ class Plan:
         self.config = config
         self.shape = shape
         self.schedule = METHODS[config.method].schedule
+        self._weights = config.layers if isinstance(config.layers, tuple) else None  # a config has parsed a text
+        if self._weights is not None and len(self._weights) != self._layers:
+            raise ConfigError(
+                f"layers={config.layers!r}: has {len(self._weights)} numbers; this model has {self._layers} layers "
+                "that are compressed"
+            )
         self._affordable: dict[tuple[int, int, int], tuple[int, ...]] = {}
 
     def budgets(self, tokens: int, *, batch: int = 1, itemsize: int = 2) -> tuple[int, ...]:
@@ -66,6 +72,7 @@ class Plan:
             window=config.recent,
             least=config.floor,
             beta=config.beta,
+            weights=self._weights,
         )
 
     def _afford(self, tokens: int, batch: int, itemsize: int) -> tuple[int, ...]:

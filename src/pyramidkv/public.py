@@ -2,6 +2,7 @@
 
 from pyramidkv.attention import register as _register_attention
 from pyramidkv.cache import PyramidKVCache
+from pyramidkv.calibration import calibrate
 from pyramidkv.chunks import prefill
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import CompressionWarning, ConfigError, DataError, PyramidKVError, UnsupportedError
@@ -21,6 +22,7 @@ __all__ = [
     "Scorer",
     "Session",
     "UnsupportedError",
+    "calibrate",
     "compress",
     "methods",
     "prefill",

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from pyramidkv.cli import output
 from pyramidkv.errors import CompressionWarning, PyramidKVError
 
-_COMMANDS = ("bench", "recall", "plan", "generate", "report", "doctor")
+_COMMANDS = ("bench", "recall", "calibrate", "plan", "generate", "report", "doctor")
 _FAILED, _INTERRUPTED = 2, 130
 
 

@@ -18,7 +18,10 @@ DEFAULT_KEEP = 0.25  # when a command is given no amount at all
 _AMOUNTS = ("keep", "budget", "share", "bytes")
 _FLAGS = {"keep": ("--keep", "-k"), "budget": ("--budget", "-b")}
 _ORDER = ("method", *_AMOUNTS)
-_TYPES: dict[Any, Any] = {int | str | None: str | None}  # an option has one type; the config parses the text
+_TYPES: dict[Any, Any] = {
+    int | str | None: str | None,
+    tuple[float, ...] | str | None: str | None,
+}  # an option has one type; the config parses the text
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -112,6 +115,8 @@ def _flag(name: str) -> str:
 def _metavar(name: str, default: Any) -> str:
     if name == "bytes":
         return "SIZE"
+    if name == "layers":
+        return "NUMBERS"
     if name in ("keep", "share") or isinstance(default, float):
         return "NUMBER"
     return "NAME" if isinstance(default, str) else "N"
