@@ -1,0 +1,76 @@
+"""What the interpreter runs, the compiler may refuse: kernels compiled for a GPU that need not be there."""
+
+import itertools
+
+import pytest
+import torch
+
+import pyramidkv
+from families import model, padded_batch
+from pyramidkv.ops import kernels
+from pyramidkv.ops.decode_attention import decode_attention
+from test_kernels import HAS_TRITON, INTERPRETED
+
+TYPES = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
+    torch.uint8: "*u8",
+}  # fmt: skip
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Launches compile for compute capability 9.0 and run nothing; the names of the kernels, each as often as it has
+    been compiled for other types, constants or options."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    found = {}
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        given = dict(zip(self.arg_names, args, strict=False)) | {
+            n: kwargs.pop(n) for n in self.arg_names if n in kwargs
+        }
+        constants = {p.name: given[p.name] for p in self.params if p.is_constexpr}
+        types = {
+            name: "constexpr" if name in constants else _type(value)
+            for name, value in ((name, given[name]) for name in self.arg_names)
+        }
+        key = (
+            self.fn.__module__,
+            self.fn.__name__,
+            tuple(types.items()),
+            *map(repr, (constants, sorted(kwargs.items()))),
+        )
+        if key not in found:
+            where = {(self.arg_names.index(name),): value for name, value in constants.items()}
+            source = ASTSource(self, types, where, {})
+            found[key] = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kwargs)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(kernels, "why_no_triton", lambda device: None)
+    return found
+
+
+def _type(value):
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs triton, not interpreted")
+@torch.no_grad()
+def test_a_prefill_and_a_step_compile(compiled):
+    plain = model("gpt_neox-2-2-80").half()
+    plain.set_attn_implementation("pyramidkv")
+    for method, lengths in itertools.product(("auto", "pyramidkv"), ((300,), (300, 170))):
+        cache = pyramidkv.PyramidKVCache(plain.config, method=method, keep=0.5)
+        ids, mask, positions = padded_batch(lengths)
+        plain(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        plain(ids[:, :1], past_key_values=cache)
+    key = torch.zeros(2, 2, 40, 64, dtype=torch.float16)
+    decode_attention(key[:, :, :1], key, key, torch.tensor([7], dtype=torch.int32), None, 0.1, (key[:, :, :1],) * 2)
+    names = {name for _, name, *_ in compiled}
+    assert {"band_kernel", "count_kernel", "select_kernel", "pack_kernel", "split_kernel", "join_kernel"} <= names
