@@ -7,6 +7,7 @@ does with the numbers is not decided here.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -30,7 +31,8 @@ def apportion(shares: Sequence[Fraction], total: int, low: int, high: int) -> li
         return _rounded(list(shares), total)
     # sum(clamp(share + shift)) is piecewise linear and rising in `shift`: find the piece that reaches the total.
     breaks = sorted({bound - share for share in shares for bound in (low, high)})
-    below = max((s for s in breaks if _clamped_sum(shares, s, low, high) <= total), default=breaks[0])
+    reached = bisect_right(breaks, total, key=lambda shift: _clamped_sum(shares, shift, low, high))
+    below = breaks[max(reached - 1, 0)]
     free = [share for share in shares if low <= share + below < high]
     missing = total - _clamped_sum(shares, below, low, high)
     shift = below + (missing / len(free) if free else 0)
