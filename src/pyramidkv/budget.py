@@ -31,7 +31,7 @@ def apportion(shares: Sequence[Fraction], total: int, low: int, high: int) -> li
         return _rounded(list(shares), total)
     # sum(clamp(share + shift)) is piecewise linear and rising in `shift`: find the piece that reaches the total.
     breaks = sorted({bound - share for share in shares for bound in (low, high)})
-    reached = bisect_right(breaks, total, key=lambda shift: _clamped_sum(shares, shift, low, high))
+    reached = bisect_right(breaks, Fraction(total), key=lambda shift: _clamped_sum(shares, shift, low, high))
     below = breaks[max(reached - 1, 0)]
     free = [share for share in shares if low <= share + below < high]
     missing = total - _clamped_sum(shares, below, low, high)
