@@ -9,6 +9,8 @@ import pyramidkv
 from families import model, padded_batch
 from pyramidkv.ops import kernels
 from pyramidkv.ops.decode_attention import decode_attention
+from pyramidkv.ops.packed_attention import packed_attention
+from pyramidkv.ops.pages import Pages
 from test_kernels import HAS_TRITON, INTERPRETED
 
 TYPES = {
@@ -71,6 +73,16 @@ def test_a_prefill_and_a_step_compile(compiled):
         plain(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
         plain(ids[:, :1], past_key_values=cache)
     key = torch.zeros(2, 2, 40, 64, dtype=torch.float16)
-    decode_attention(key[:, :, :1], key, key, torch.tensor([7], dtype=torch.int32), None, 0.1, (key[:, :, :1],) * 2)
+    new, length, ring = (key[:, :, :1],) * 2, torch.tensor([7], dtype=torch.int32), key[:, :, :9]
+    decode_attention(key[:, :, :1], key, key, length, None, 0.1, new)
+    decode_attention(key[:, :, :1], key, key, length, None, 0.1, new, ring)
+    pages = Pages.gather(key, key, torch.arange(30).expand(2, 2, 30), [33, 33], 3, 4)
+    packed_attention(key[:, :, :1], pages, key, key, length, None, 0.1, new, ring)
+    cache = pyramidkv.PyramidKVCache(plain.config, method="pyramidkv", budget=60, slack=8)
+    ids, _, _ = padded_batch((300,))
+    for tokens in (ids, *ids[:, :5, None].unbind(1)):
+        plain(tokens, past_key_values=cache)
+    for layer in cache.layers:
+        layer.evict_decoded([40])
     names = {name for _, name, *_ in compiled}
     assert {"band_kernel", "count_kernel", "select_kernel", "pack_kernel", "split_kernel", "join_kernel"} <= names
