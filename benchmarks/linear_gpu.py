@@ -94,7 +94,7 @@ def splits(outputs: int) -> tuple[int, ...]:
 
 def variants(rows: int, outputs: int, channels: int) -> dict[str, Blocks]:
     """The tiles to try, the chosen ones first."""
-    chosen = kernel.choose(rows, outputs, channels, True)
+    chosen = kernel.choose(rows, outputs, channels, kernel.device_of(torch.device("cuda")))
     found = {"chosen": chosen, "one after the other": dataclasses.replace(chosen, overlap=False)}
     if rows == 1:
         tried = [Blocks(*options, overlap=True) for options in VECTORS[channels]]
@@ -258,8 +258,8 @@ def whole(result: Result, model: Model, rows: int) -> None:
     size = 2 * (LAYERS * sum(n * k for n, k in model.shapes.values()) + model.head[0] * hidden)
 
     def alone(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        blocks = kernel.choose(x.shape[0], weight.shape[0], weight.shape[1], False)
-        return kernel.linear(x, weight, bias, blocks=blocks)
+        blocks = kernel.choose(x.shape[0], *weight.shape, kernel.device_of(x.device))
+        return kernel.linear(x, weight, bias, blocks=dataclasses.replace(blocks, overlap=False))
 
     works = {
         f"{kind}: {name}": (lambda p=product, only=only: chain(model, x, p, only))

@@ -98,6 +98,19 @@ def test_interpreted_linear_of_several_rows_in_other_tiles(shape, options):
     check(shape, torch.float16, triton.Blocks(*options))
 
 
+@interpreted
+@pytest.mark.parametrize("shared", [49152, 101376, 166912, 232448])  # at least, of RTX GPUs, A100, H100
+def test_interpreted_tiles_fit_into_the_shared_memory_of_a_device(shared):
+    from pyramidkv.ops.linear import triton
+
+    for outputs in (8, 1024, 2560, 7680, 10240, 14336, 50304):
+        for channels in (8, 128, 2560, 14336):
+            blocks = triton.choose(8, outputs, channels, triton.Device(128, shared))
+            assert blocks.ahead >= 1
+            assert blocks.splits >= 1
+            assert (blocks.ahead + 1) * (blocks.rows + 16) * blocks.wide * 2 <= shared
+
+
 @on_gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES)

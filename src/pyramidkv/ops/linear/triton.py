@@ -17,6 +17,7 @@ later): weights do not depend on it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,26 @@ class Blocks:
     overlap: bool = False  # start before the kernel in front has ended
 
 
-def choose(rows: int, outputs: int, channels: int, overlap: bool) -> Blocks:
+@dataclass(frozen=True)
+class Device:
+    """What the tiles depend on; an H100's if nothing is said."""
+
+    processors: int = 132
+    shared: int = 232448  # bytes of shared memory that a program may have
+    overlap: bool = False  # whether a kernel can start before the one in front has ended
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """The facts about a device."""
+    if device.type != "cuda":
+        return Device()  # the interpreter's
+    about = torch.cuda.get_device_properties(device)
+    shared = getattr(about, "shared_memory_per_block_optin", 49152)  # what every device has
+    return Device(about.multi_processor_count, shared, about.major >= 9)
+
+
+def choose(rows: int, outputs: int, channels: int, device: Device) -> Blocks:
     """Tiles for `rows` of x and a weight of (outputs, channels)."""
     if rows == 1:
         warps = 1
@@ -52,12 +72,13 @@ def choose(rows: int, outputs: int, channels: int, overlap: bool) -> Blocks:
         each = 4
         while each > 1 and each * steps > AT_ONCE:
             each //= 2
-        return Blocks(each, warps, overlap=overlap)
+        return Blocks(each, warps, overlap=device.overlap)
     tiles, steps = triton.cdiv(outputs, 64), triton.cdiv(channels, 128)
-    splits = max(1, min(132 // tiles, steps // 4, 8))
-    if 132 < tiles <= 198:  # else the second wave of programs leaves most of the device idle
-        return Blocks(64, 4, 2, 128, 2, overlap)
-    return Blocks(64, 4, min(6, steps), 128, splits, overlap)
+    ahead = min(6, steps, device.shared // ((64 + 16) * 128 * 2) - 1)
+    if device.processors < tiles <= 1.5 * device.processors:  # a second wave would leave most of the device idle
+        return Blocks(64, 4, min(2, ahead), 128, 2, device.overlap)
+    splits = max(1, min(device.processors // tiles, steps // 4, 8))
+    return Blocks(64, 4, ahead, 128, splits, device.overlap)
 
 
 @triton.jit
@@ -228,8 +249,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, blocks: Blocks | N
     outputs = weight.shape[0]
     x = dense(x)
     if blocks is None:
-        overlap = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-        blocks = choose(rows, outputs, channels, overlap)
+        blocks = choose(rows, outputs, channels, device_of(x.device))
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     given = out if bias is None else bias
     early = {"launch_pdl": True} if blocks.overlap else {}
