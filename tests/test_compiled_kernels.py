@@ -86,3 +86,20 @@ def test_a_prefill_and_a_step_compile(compiled):
         layer.evict_decoded([40])
     names = {name for _, name, *_ in compiled}
     assert {"band_kernel", "count_kernel", "select_kernel", "pack_kernel", "split_kernel", "join_kernel"} <= names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs triton, not interpreted")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_compile(compiled, dtype):
+    from pyramidkv.ops.linear import triton
+
+    bias = torch.zeros(70, dtype=dtype)
+    for rows, channels, overlap in itertools.product((1, 8, 16), (1100, 2560), (False, True)):
+        x, weight = torch.zeros(rows, channels, dtype=dtype), torch.zeros(70, channels, dtype=dtype)
+        chosen = triton.choose(rows, 70, channels, triton.Device(overlap=overlap))
+        for some in (None, bias):
+            triton.linear(x, weight, some, blocks=chosen)
+            if rows > 1:
+                triton.linear(x, weight, some, blocks=triton.Blocks(16, 4, 6, 64, overlap=overlap))
+    assert {name for _, name, *_ in compiled} == {"vector_kernel", "rows_kernel", "dot_kernel", "join_kernel"}
