@@ -4,11 +4,13 @@
     python benchmarks/long_texts.py chunks --context 3584 --target 511 --chunks 12 --out neox-16m-chunks.jsonl
     python benchmarks/long_texts.py chunks --model SmolLM2-135M-Instruct.Q4_1.gguf --context 7680 --target 512 \\
         --text wikitext-2=wikitext2-valid.txt --text pg19=pg19-valid --chunks 4 --out smollm2-135m-chunks.jsonl
+    python benchmarks/long_texts.py recall --context 3840 --chunks 8 --out neox-16m-chunks-recall.jsonl
 
 `decoding`: a prompt, then every token of the continuation fed one by one, as it is while generating; what is scored is
 the prediction of each next token. `chunks`: the context fed in chunks of the given sizes, or at once, each layer back
 at its budget after each, then the target in one forward, as `pyramidkv bench` does. Both compare with the full cache on
-the same tokens: change of perplexity, 95% Student t interval of the paired difference. One JSON object a line; nothing
+the same tokens: change of perplexity, 95% Student t interval of the paired difference. `recall`: the tasks of
+`pyramidkv recall`, `--chunks` examples of each, the context fed at once and in chunks. One JSON object a line; nothing
 is begun after `--seconds`: of `decoding` no setting, of `chunks` no text, so that all settings have the same texts.
 """
 
@@ -27,7 +29,7 @@ from torch.nn.functional import cross_entropy
 
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
 from pyramidkv.chunks import prefill
-from pyramidkv.evaluate import texts
+from pyramidkv.evaluate import recall, tasks, texts
 from pyramidkv.evaluate.prefill import prefill as prefill_shared
 from pyramidkv.evaluate.schema import mean_interval
 from pyramidkv.models.source import load_model
@@ -53,6 +55,8 @@ CHUNKS: list[Setting] = [
         if chunk != 2048 or method in ("rms", "auto")
     ),
 ]
+
+RECALL: list[Setting] = [{"method": "auto", "share": 0.125, "chunk": chunk} for chunk in (None, 1024)]
 
 
 @torch.no_grad()
@@ -131,6 +135,27 @@ def chunks(model: Any, corpora: dict[str, Tensor], arguments: argparse.Namespace
             ]
 
 
+@torch.no_grad()
+def recalled(loaded: Any, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A record of each task and setting: right answers of all, the questions unknown while the context is read."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    for task in ("kv", "needle"):
+        examples = tasks.make_examples(task, n=arguments.chunks, tokens=arguments.context, count_tokens=count, seed=0)
+        for setting in [*RECALL, *arguments.setting]:
+            right = []
+            for example in examples:
+                ids = recall._ids(tokenizer, example.context, model.device)
+                options = {name: value for name, value in setting.items() if name != "chunk"}
+                cache = PyramidKVCache(model.config, kv_dtype="float16", room=1, **options)
+                prefill(model, ids, cache, chunk=setting["chunk"] or ids.shape[1])
+                right += [recall._is_right(model, tokenizer, p, cache.fork(), None) for p in example.probes]
+            yield {"task": task, "setting": setting, "right": sum(right), "questions": len(right)}
+
+
 def record(setting: Setting, nll: list[float], full: list[float], held: Any, seconds: float) -> dict[str, Any]:
     """What a setting costs over the full cache on the same texts; `held` is a cache, or its report."""
     usage = held.report() if isinstance(held, PyramidKVCache) else held
@@ -153,7 +178,7 @@ def record(setting: Setting, nll: list[float], full: list[float], held: Any, sec
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("decoding", "chunks"))
+    parser.add_argument("what", choices=("decoding", "chunks", "recall"))
     parser.add_argument("--model", default="neox-16m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -170,6 +195,13 @@ def main() -> None:
     arguments = parser.parse_args()
     loaded = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     loaded.model.set_attn_implementation(ATTENTION_NAME)
+    if arguments.what == "recall":
+        found = []
+        for one in recalled(loaded, arguments):
+            found.append({"what": "recall", "model": Path(loaded.name).name, "context": arguments.context} | one)
+            print(json.dumps(found[-1]), flush=True)
+            write(arguments.out, found)
+        return
     before = arguments.prompt if arguments.what == "decoding" else arguments.context
     chosen = [texts.parse_text(text) for text in arguments.text or ()] or [texts.load("python-reference")]
     length = before + arguments.target + 1
