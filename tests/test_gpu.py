@@ -85,7 +85,7 @@ def test_peak_memory_of_a_prefill_falls():
             plain(ids, past_key_values=cache, logits_to_keep=1)
         return torch.cuda.memory_allocated() - before
 
-    held()  # what libraries allocate once
+    held(keep=0.5)  # what libraries allocate once
     assert held(keep=0.25) < 0.35 * held(method="full")
 
 
