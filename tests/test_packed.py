@@ -23,7 +23,7 @@ def rounded(numbers, bits):
     return [zero + step * min(max(round((x - zero) / step), 0), 2**bits - 1) for x in numbers]
 
 
-@pytest.mark.parametrize(("bits", "width"), itertools.product((8, 4, 2), (32, 80, 128)))
+@pytest.mark.parametrize(("bits", "width"), list(itertools.product((8, 4, 2), (32, 80, 128))))
 def test_codes_by_hand(bits, width):
     make = torch.Generator().manual_seed(width)
     key = torch.randn(2, 3, 64, width, generator=make) * 5 + 3
