@@ -103,6 +103,8 @@ def test_recent_is_the_window_unless_said_otherwise():
 def test_a_description_shows_what_differs_from_the_defaults():
     assert CompressionConfig(budget=64, beta=2.0).describe() == "budget=64 beta=2.0"
     assert CompressionConfig(bytes="1kb").describe() == "bytes=1000"
+    one, other = (CompressionConfig(budget=64, layers=(1.0, 2.0, w)).describe() for w in (3.0, 4.0))
+    assert one.startswith("budget=64 layers=3_weights_") and one != other and len(one) == len(other)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+import zlib
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -170,6 +171,8 @@ class CompressionConfig:
         """The settings that differ from the method's own, as `name=value`; the amount first."""
         own = {f.name: f.default for f in dataclasses.fields(self)} | self._own()
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "method"}
+        if self.layers is not None:  # too many to read; a sum tells two lists apart
+            values["layers"] = f"{len(self.layers)}_weights_{zlib.crc32(repr(self.layers).encode()):08x}"
         return " ".join(f"{name}={value}" for name, value in values.items() if value != own[name])
 
     def _own(self) -> dict[str, Any]:
