@@ -66,21 +66,12 @@ class Pages:
 
     def room(self, rows: int) -> Pages:
         """Pages for `rows` rows like these, yet to be written."""
-        keys, values = (
-            Codes(made["codes"], made.get("scale"), made.get("zero"), self.bits)
-            for made in (
-                {name: t.new_empty(rows, *t.shape[1:]) for name, t in codes.tensors().items()}
-                for codes in (self.keys, self.values)
-            )
-        )
+        keys, values = (c.each(lambda t: t.new_empty(rows, *t.shape[1:])) for c in (self.keys, self.values))
         return Pages(keys, values, self.layout.new_empty(3, rows, self.layout.shape[2]), self.even)
 
     def part(self, rows: slice) -> Pages:
         """Those of some rows, where they lie."""
-        keys, values = (
-            Codes(part["codes"], part.get("scale"), part.get("zero"), self.bits)
-            for part in ({name: t[rows] for name, t in codes.tensors().items()} for codes in (self.keys, self.values))
-        )
+        keys, values = (c.each(lambda t: t[rows]) for c in (self.keys, self.values))
         return Pages(keys, values, self.layout[:, rows], self.even)
 
     def moved(self, to: Pages) -> Pages:

@@ -11,6 +11,7 @@ as the product with a query wants them, and so do the tokens of values, as the p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,15 +35,18 @@ class Codes:
         named = {"codes": self.codes, "scale": self.scale, "zero": self.zero}
         return {name: t for name, t in named.items() if t is not None}
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Codes:
+        """The same with every tensor changed."""
+        changed = {name: change(t) for name, t in self.tensors().items()}
+        return Codes(changed["codes"], changed.get("scale"), changed.get("zero"), self.bits)
+
     def rows(self, index: Tensor) -> Codes:
         """The rows `index` (N,) of the batch."""
-        taken = {name: t.index_select(0, index.to(t.device)) for name, t in self.tensors().items()}
-        return Codes(taken["codes"], taken.get("scale"), taken.get("zero"), self.bits)
+        return self.each(lambda t: t.index_select(0, index.to(t.device)))
 
     def at(self, row: Tensor, page: Tensor) -> Codes:
         """The pages `page` of the rows `row`, (*) each, of codes (B, pages, ...)."""
-        taken = {name: t[row, page] for name, t in self.tensors().items()}
-        return Codes(taken["codes"], taken.get("scale"), taken.get("zero"), self.bits)
+        return self.each(lambda t: t[row, page])
 
 
 def value_group(channels: int) -> int:
