@@ -159,6 +159,7 @@ def main() -> None:
         f"{method} keep=0.25": pyramidkv.CompressionConfig(method=method, keep=0.25)
         for method in ("pyramidkv", "echo", "rms")
     }
+    configs["echo heads=adaptive keep=0.25"] = pyramidkv.CompressionConfig(method="echo", heads="adaptive", keep=0.25)
     configs["auto share=0.25"] = pyramidkv.CompressionConfig(method="auto", share=0.25)
     batches = arguments.batch or [1]
     for batch in batches if arguments.only != "decode" else []:
