@@ -84,7 +84,7 @@ def test_a_file_holds_the_slots_in_use_and_says_what_it_is(tmp_path):
     assert (tmp_path / "a").stat().st_size < cache.report().full_kv_bytes * 1.1 + 4096
     with safe_open(tmp_path / "a", "pt") as file:
         facts = file.metadata()
-    assert (facts["kind"], facts["format"], facts["library"]) == ("pyramidkv cache", "2", pyramidkv.__version__)
+    assert (facts["kind"], facts["format"], facts["library"]) == ("pyramidkv cache", "3", pyramidkv.__version__)
     assert json.loads(facts["config"])["budget"] == 300
     assert json.loads(facts["model"])["model_type"] == "llama"
 
@@ -145,8 +145,15 @@ def test_a_file_that_is_not_ours(tmp_path):
         PyramidKVCache.load(tmp_path / "weights", plain)
 
 
+def contents(path):
+    """The metadata, without checksums, and the tensors of a saved cache."""
+    with safe_open(path, "pt") as file:
+        return {k: v for k, v in file.metadata().items() if k not in ("tensors", "checksum")}, load_file(path)
+
+
 CHANGED = [
-    ({"format": "3", "library": "9.0"}, r"has format 3, written by pyramidkv 9\.0; .* which reads format 2"),
+    ({"format": "2"}, r"has format 2, written by pyramidkv .* which reads format 3: compress the context again"),
+    ({"format": "4", "library": "9.0"}, r"has format 4, written by pyramidkv 9\.0; .* which reads format 3"),
     ({"config": json.dumps({"method": "magic", "budget": 64})}, "does not know: method='magic'"),
     ({"config": "{"}, "metadata are damaged"),
     ({"layers": "[]"}, "damaged"),
@@ -158,9 +165,9 @@ CHANGED = [
 def test_metadata_of_another_version_or_damaged(change, message, tmp_path):
     plain = model(LLAMA)
     filled(plain).save(tmp_path / "a")
-    with safe_open(tmp_path / "a", "pt") as file:
-        facts = {k: v for k, v in (file.metadata() | change).items() if v is not None}
-    save_file(load_file(tmp_path / "a"), tmp_path / "b", facts)
+    facts, tensors = contents(tmp_path / "a")
+    facts = {k: v for k, v in (facts | change).items() if v is not None}
+    save_file(tensors, tmp_path / "b", saved.summed(tensors, facts))
     with pytest.raises(DataError, match=message):
         PyramidKVCache.load(tmp_path / "b", plain.config)
 
@@ -169,15 +176,61 @@ def test_metadata_of_another_version_or_damaged(change, message, tmp_path):
 def test_tensors_that_do_not_go_with_the_metadata(damage, tmp_path):
     plain = model(LLAMA)
     filled(plain).save(tmp_path / "a")
-    with safe_open(tmp_path / "a", "pt") as file:
-        facts = file.metadata()
-    tensors = load_file(tmp_path / "a")
+    facts, tensors = contents(tmp_path / "a")
     if damage == "missing":
         del tensors["1.positions"]
     else:
         tensors["1.keys"] = tensors["1.keys"][..., :16].contiguous()
-    save_file(tensors, tmp_path / "b", facts)
+    save_file(tensors, tmp_path / "b", saved.summed(tensors, facts))
     with pytest.raises(DataError, match="is damaged: layer 1"):
+        PyramidKVCache.load(tmp_path / "b", plain.config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_changed_byte_is_found_and_its_tensor_named(kind, tmp_path):
+    plain = model(LLAMA)
+    path = tmp_path / "a"
+    filled(plain, kind).save(path)
+    whole = path.read_bytes()
+    head = 8 + int.from_bytes(whole[:8], "little")
+    places = {n: about["data_offsets"] for n, about in json.loads(whole[8:head]).items() if n != "__metadata__"}
+    for name, (start, end) in places.items():
+        for at in (start, end - 1) if end > start else ():
+            damaged = bytearray(whole)
+            damaged[head + at] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises(DataError, match=rf"path='.*a': is damaged: tensor '{name}' is not what was written"):
+                PyramidKVCache.load(path, plain.config)
+
+
+@torch.no_grad()
+def test_wherever_a_file_is_changed_it_is_not_loaded_as_another_cache(tmp_path):
+    """Bytes of the head, which holds names, types, shapes, places, facts and checksums."""
+    plain = model(LLAMA)
+    path = tmp_path / "a"
+    filled(plain).save(path)
+    whole = path.read_bytes()
+    head = 8 + int.from_bytes(whole[:8], "little")
+    for at in range(0, head, 11):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1  # a digit is another digit then
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"path='.*a': "):
+            PyramidKVCache.load(path, plain.config)
+
+
+@pytest.mark.parametrize("change", ["lost", "added"])
+def test_a_tensor_that_is_missing_or_was_never_written(change, tmp_path):
+    plain = model(LLAMA)
+    filled(plain).save(tmp_path / "a")
+    facts, tensors = contents(tmp_path / "a")
+    facts = saved.summed(tensors, facts)
+    if change == "lost":
+        del tensors["2.values"]
+    else:
+        tensors["2.start"] = torch.zeros(1, 2, dtype=torch.int32)
+    save_file(tensors, tmp_path / "b", facts)
+    with pytest.raises(DataError, match=r"is damaged: tensor '2.(values' is missing|start' is unknown)"):
         PyramidKVCache.load(tmp_path / "b", plain.config)
 
 

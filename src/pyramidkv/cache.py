@@ -222,7 +222,8 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
             device: where the model is: `model.device`.
 
         Raises:
-            DataError: no such file, or not ours, truncated, of another format, or of another model; it says which.
+            DataError: no such file, or not ours, truncated, damaged, of another format or of another model; it says
+                which.
         """
         config, fill = saved.read(path, model_config, device)
         cache = cls(model_config, config)

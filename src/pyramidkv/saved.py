@@ -1,7 +1,8 @@
 """A cache as a file: a safetensors file whose metadata say what it is, of which model, in which format.
 
 Only the slots in use are written. A file is complete or not there at all; an existing one is left alone unless the
-caller says otherwise. Nothing here knows what a method keeps or why.
+caller says otherwise. What has changed since it was written is found by checksums, of each tensor and of the metadata.
+Nothing here knows what a method keeps or why.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pyramidkv import checksums
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError, DataError
 from pyramidkv.ops.pages import Pages
@@ -31,7 +33,7 @@ from pyramidkv.sliding import SlidingLayer
 from pyramidkv.storage import Storage
 
 KIND = "pyramidkv cache"
-FORMAT = 2  # of the file; another number is another layout, which this code can't read
+FORMAT = 3  # of the file; another number is another layout, which this code can't read
 
 Tensors = dict[str, Tensor]
 Facts = dict[str, Any]  # what is no tensor, as JSON
@@ -50,7 +52,7 @@ def write(path: str | Path, layers: Any, config: CompressionConfig, model_config
     facts = []
     for index, layer in enumerate(layers):
         held, about = _dump_sliding(layer) if isinstance(layer, SlidingLayer) else _dump_layer(layer)
-        tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in held.items()}
+        tensors |= {f"{index}.{name}": tensor.contiguous().cpu() for name, tensor in held.items()}
         facts.append(about)
     metadata = {
         "kind": KIND,
@@ -60,7 +62,7 @@ def write(path: str | Path, layers: Any, config: CompressionConfig, model_config
         "model": json.dumps(fingerprint(model_config)),
         "layers": json.dumps(facts),
     }
-    _write(path, tensors, metadata, overwrite)
+    _write(path, tensors, summed(tensors, metadata), overwrite)
 
 
 def read(path: str | Path, model_config: Any, device: Any) -> tuple[CompressionConfig, Callable[[Any], None]]:
@@ -71,11 +73,12 @@ def read(path: str | Path, model_config: Any, device: Any) -> tuple[CompressionC
     own = fingerprint(model_config)
     _check_device(device)
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            _check_kind(shown, metadata)
+            sums = _check_metadata(shown, metadata)
             _check_model(shown, json.loads(metadata["model"]), own)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            _check_names(shown, sums, file.keys())
+            tensors = {name: _checked(shown, name, file.get_tensor(name), sums[name]).to(device) for name in sums}
         config = CompressionConfig.make(**json.loads(metadata["config"]))
         facts = json.loads(metadata["layers"])
     except SafetensorError as error:
@@ -98,6 +101,12 @@ def read(path: str | Path, model_config: Any, device: Any) -> tuple[CompressionC
             raise DataError(f"path={shown}: is damaged: layer {index} ({error!r})") from error
 
     return config, fill
+
+
+def summed(tensors: Tensors, metadata: dict[str, str]) -> dict[str, str]:
+    """The metadata, with the checksums of the tensors and, last, that of all the rest of the metadata."""
+    new = metadata | {"tensors": json.dumps({name: checksums.of_tensor(tensor) for name, tensor in tensors.items()})}
+    return new | {"checksum": checksums.of_texts(new)}
 
 
 def fingerprint(model_config: Any) -> Facts:
@@ -163,7 +172,8 @@ def _library() -> str:
     return __version__
 
 
-def _check_kind(shown: str, metadata: dict[str, str]) -> None:
+def _check_metadata(shown: str, metadata: dict[str, str]) -> dict[str, str]:
+    """The checksums of the tensors."""
     if metadata.get("kind") != KIND:
         raise DataError(f"path={shown}: is a safetensors file, but no saved pyramidkv cache")
     if metadata.get("format") != str(FORMAT):
@@ -171,6 +181,25 @@ def _check_kind(shown: str, metadata: dict[str, str]) -> None:
             f"path={shown}: has format {metadata.get('format')}, written by pyramidkv {metadata.get('library')}; this "
             f"is pyramidkv {_library()}, which reads format {FORMAT}: compress the context again"
         )
+    if checksums.of_texts({k: v for k, v in metadata.items() if k != "checksum"}) != metadata.get("checksum"):
+        raise DataError(_damaged(shown, "its metadata are"))
+    sums: dict[str, str] = json.loads(metadata["tensors"])
+    return sums
+
+
+def _check_names(shown: str, sums: dict[str, str], names: Iterable[str]) -> None:
+    for name in sorted(set(sums) ^ set(names)):
+        raise DataError(f"path={shown}: is damaged: tensor {name!r} is {'missing' if name in sums else 'unknown'}")
+
+
+def _checked(shown: str, name: str, tensor: Tensor, checksum: str) -> Tensor:
+    if checksums.of_tensor(tensor) != checksum:
+        raise DataError(_damaged(shown, f"tensor {name!r} is"))
+    return tensor
+
+
+def _damaged(shown: str, what: str) -> str:
+    return f"path={shown}: is damaged: {what} not what was written (another checksum); take another copy of the file"
 
 
 def _check_model(shown: str, saved: Facts, own: Facts) -> None:
