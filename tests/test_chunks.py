@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import pyramidkv
 from families import model, padded_batch
@@ -176,6 +177,66 @@ def test_chunks_of_generate_itself():
     with pyramidkv.compress(plain, method="snapkv", keep=0.5, window=4) as session:
         plain.generate(ids, prefill_chunk_size=30, **options)
         assert {layer.kept_tokens for layer in session.report().layers} == {45 + 1}
+
+
+def asked(plain, how):
+    """Arguments by which `generate()` is asked for chunks of 20 tokens, in each of the ways it knows."""
+    made = transformers.GenerationConfig(prefill_chunk_size=20, max_new_tokens=2)
+    if how == "the model's own":
+        plain.generation_config.prefill_chunk_size = 20
+    positional = (made,) if how == "positional" else ()
+    named = {"option": {"prefill_chunk_size": 20}, "config": {"generation_config": made}}.get(how, {})
+    return positional, {"max_new_tokens": 2, **named}
+
+
+@pytest.mark.parametrize("how", ["option", "config", "positional", "the model's own"])
+def test_generate_in_a_session_refuses_chunks_that_are_too_small_before_the_model_runs(how):
+    plain = model(LLAMA)
+    forwards = []
+    plain.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    positional, named = asked(plain, how)
+    with pytest.raises(ConfigError) as caught, pyramidkv.compress(plain, method="snapkv", keep=0.5, window=24):
+        plain.generate(IDS, *positional, **named)
+    assert str(caught.value) == "prefill_chunk_size=20: must be at least 25 tokens (window=24)"
+    assert not forwards
+
+
+@pytest.mark.parametrize("how", ["option", "config", "positional", "the model's own"])
+def test_generate_in_a_session_takes_chunks_that_are_large_enough(how):
+    plain = model(LLAMA)
+    positional, named = asked(plain, how)
+    with pyramidkv.compress(plain, method="snapkv", keep=0.5, window=4) as session:
+        plain.generate(IDS, *positional, **named)
+    assert session.report().evicted
+    assert "generate" not in vars(plain)
+
+
+def test_what_decides_how_large_a_chunk_of_generate_must_be():
+    plain = model(LLAMA)
+    plain.generation_config.prefill_chunk_size = 20
+    with pyramidkv.compress(plain, method="snapkv", keep=0.5, window=24) as session:
+        plain.generate(IDS, prefill_chunk_size=None, max_new_tokens=2)  # what is said last holds: no chunks
+        other = PyramidKVCache(plain.config, method="snapkv", keep=0.5, window=4)
+        plain.generate(IDS, past_key_values=other, max_new_tokens=2)  # the cache's own settings hold
+        assert session.cache is other
+        for size in (0, 2.5):
+            with pytest.raises(ConfigError, match=f"prefill_chunk_size={size}: must be a whole number"):
+                plain.generate(IDS, prefill_chunk_size=size)
+    plain.generate(IDS, max_new_tokens=2)  # the session is closed: the model's own affair
+
+
+def test_a_replaced_class_refuses_chunks_that_are_too_small_from_the_first_call_on():
+    pyramidkv.replace_llama("snapkv", keep=0.5, window=24)
+    try:
+        plain = model(LLAMA)
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="prefill_chunk_size=20: must be at least 25"):
+                plain.generate(IDS, prefill_chunk_size=20)
+        assert plain.generate(IDS, prefill_chunk_size=25, max_new_tokens=2).shape == (1, 42)
+    finally:
+        pyramidkv.replace_llama("fullkv")
+    assert "generate" not in vars(transformers.LlamaForCausalLM)
+    assert plain.generate(IDS, prefill_chunk_size=20, max_new_tokens=2).shape == (1, 42)
 
 
 def test_the_snippets_of_the_documentation_run(monkeypatch):

@@ -41,7 +41,7 @@ DECODING = [
     {"num_beams": 3},
     {"num_beams": 3, "do_sample": True, "num_return_sequences": 2},
     {"do_sample": True, "num_return_sequences": 3},
-    {"prefill_chunk_size": 16},
+    {"prefill_chunk_size": 40},
     {"repetition_penalty": 1.3, "min_new_tokens": 4},
 ]
 

@@ -80,13 +80,25 @@ def check_tokens(input_ids: Any, attention_mask: Any) -> None:
         )
 
 
-def check_chunk(chunk: int, config: CompressionConfig) -> None:
-    """Raise `ConfigError` for a chunk that shows a scorer less than its window. A method's own window is "up to"."""
+def asked_chunk(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The `prefill_chunk_size` of a call `model.generate(*args, **kwargs)`, as transformers finds it; None: none."""
+    if "prefill_chunk_size" in kwargs:
+        return kwargs["prefill_chunk_size"]
+    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    sizes = [getattr(config, "prefill_chunk_size", None) for config in (given, model.generation_config)]
+    return next((size for size in sizes if size is not None), None)
+
+
+def check_chunk(chunk: Any, config: CompressionConfig, name: str = "chunk") -> None:
+    """Raise `ConfigError` for a chunk that shows a scorer less than its window. A method's own window is "up to".
+
+    `name` is what the caller calls it.
+    """
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
-        raise ConfigError(f"chunk={chunk!r}: must be a whole number of tokens, at least 1")
+        raise ConfigError(f"{name}={chunk!r}: must be a whole number of tokens, at least 1")
     own = config.window == METHODS[config.method].window
     least = config.floor if own else max(config.window, config.floor)
     if config.method != "full" and chunk < least:
         more = config.floor - config.recent
         why = f"the {config.recent} newest, which are kept, and {more} more" if own else f"window={config.window}"
-        raise ConfigError(f"chunk={chunk}: must be at least {least} tokens ({why})")
+        raise ConfigError(f"{name}={chunk}: must be at least {least} tokens ({why})")

@@ -5,6 +5,7 @@ A thin form of `compress`: the first call of a model of that class opens a sessi
 
 from __future__ import annotations
 
+import functools
 import weakref
 from contextlib import ExitStack
 from typing import Any
@@ -51,20 +52,31 @@ def _replace(model_class: type, method: str, options: dict[str, Any]) -> None:
     config = CompressionConfig.make(method=method.lower(), **options)
     _restore(model_class)
     sessions = _sessions[model_class] = weakref.WeakSet()
-    plain_call = model_class.__call__
+    plain_call, plain_generate = model_class.__call__, model_class.generate  # type: ignore[attr-defined]
+
+    def is_open(model: Any) -> bool:
+        return any(session.model is model for session in sessions)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not any(session.model is self for session in sessions):
+        if not is_open(self):
             sessions.add(Session(self, config).open())
         return plain_call(self, *args, **kwargs)
 
+    @functools.wraps(plain_generate)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_open(self):
+            return plain_generate(self, *args, **kwargs)
+        sessions.add(Session(self, config).open())
+        return self.generate(*args, **kwargs)  # which is the session's now
+
     model_class.__call__ = call  # type: ignore[method-assign]
+    model_class.generate = generate  # type: ignore[attr-defined]
 
 
 def _restore(model_class: type) -> None:
     sessions = list(_sessions.pop(model_class, ()))
-    if "__call__" in vars(model_class):
-        del model_class.__call__
+    for name in {"__call__", "generate"} & set(vars(model_class)):
+        delattr(model_class, name)
     with ExitStack() as stack:  # closes them all, even if the warning of one is an error
         for session in sessions:
             stack.callback(session.close)

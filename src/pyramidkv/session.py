@@ -15,14 +15,14 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
-from pyramidkv.chunks import check_chunk, check_tokens, prefill
+from pyramidkv.chunks import asked_chunk, check_chunk, check_tokens, prefill
 from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.graph import DecodeGraph, why_eager
 from pyramidkv.errors import CompressionWarning, ConfigError, PyramidKVError, UnsupportedError
 from pyramidkv.parallel import check_heads
 from pyramidkv.rows import can_group, prefill_rows, row_groups
 from pyramidkv.shape import cache_shape
-from pyramidkv.slices import replace_forward, slice_mlps
+from pyramidkv.slices import replace, slice_mlps
 from pyramidkv.usage import CacheUsage
 
 
@@ -58,7 +58,9 @@ class Session:
         self._attention = self.model.config._attn_implementation
         self.model.set_attn_implementation(ATTENTION_NAME)
         self._hook = self.model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
-        self._restore = [slice_mlps(self.model), replace_forward(self.model, self._forward)]
+        self._restore = [slice_mlps(self.model), replace(self.model, "forward", self._forward)]
+        if hasattr(self.model, "generate"):
+            self._restore.append(replace(self.model, "generate", self._generate))
         return self
 
     def close(self) -> None:
@@ -162,6 +164,19 @@ class Session:
             self._cache.activate_past_recording()  # assisted decoding, and sliding windows to be cropped
         self._cache.expect_drafts(_drafts(self._cache, kwargs) if self._generates else 0)
         return args, {**kwargs, "past_key_values": self._cache}
+
+    def _generate(self, generate: Any) -> Any:
+        """The model's `generate()`, but that chunks too small for the cache are refused before the model runs."""
+
+        @functools.wraps(generate)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            chunk, cache = asked_chunk(self.model, args, kwargs), kwargs.get("past_key_values")
+            if chunk is not None:
+                config = cache.config if isinstance(cache, PyramidKVCache) else self.config
+                check_chunk(chunk, config, "prefill_chunk_size")
+            return generate(*args, **kwargs)
+
+        return run
 
     def _make_cache(self) -> PyramidKVCache:
         cache = PyramidKVCache(self.model.config, self.config)

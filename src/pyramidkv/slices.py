@@ -23,7 +23,7 @@ def slice_mlps(model: torch.nn.Module, tokens: int = SLICE) -> Callable[[], None
     families do.
     """
     undo = [
-        replace_forward(module, functools.partial(_in_slices, tokens=tokens))
+        replace(module, "forward", functools.partial(_in_slices, tokens=tokens))
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "mlp"
     ]
@@ -35,18 +35,18 @@ def slice_mlps(model: torch.nn.Module, tokens: int = SLICE) -> Callable[[], None
     return restore
 
 
-def replace_forward(module: Any, make: Callable[[Any], Any]) -> Callable[[], None]:
-    """Put `make(forward)` in the place of a module's forward; returns what puts the old one back.
+def replace(module: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], None]:
+    """Put `make(method)` in the place of a module's method `name`; returns what puts the old one back.
 
     That may have been an attribute of the module's own (accelerate's hooks are), and is then one again.
     """
-    before = vars(module).get("forward")
-    module.forward = make(module.forward)
+    before = vars(module).get(name)
+    setattr(module, name, make(getattr(module, name)))
 
     def restore() -> None:
-        del module.forward
+        delattr(module, name)
         if before is not None:
-            module.forward = before
+            setattr(module, name, before)
 
     return restore
 
