@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import pyramidkv
 from families import config, model, padded_batch
-from pyramidkv.layer import ALL_REAL, NewTokens
+from pyramidkv.new_tokens import ALL_REAL, NewTokens
 from pyramidkv.packed import PackedStorage
 
 CASES = (

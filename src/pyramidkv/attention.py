@@ -18,7 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from pyramidkv.cache import ATTENTION_NAME
 from pyramidkv.decode.step import StepLayer
 from pyramidkv.errors import ConfigError, UnsupportedError
-from pyramidkv.layer import ALL_REAL, NewTokens, PyramidKVLayer
+from pyramidkv.layer import PyramidKVLayer
+from pyramidkv.new_tokens import ALL_REAL, NewTokens
 
 
 def new_tokens(attention_mask: Tensor | None, queries: int) -> NewTokens:

@@ -2,95 +2,37 @@
 
 A model's attention module calls `update` with its new keys and values and gets back what to attend to; the attention
 function calls `attend` with the same tensors. That computes the attention and, after a forward with more than one
-query, evicts: the layer then holds no more than its budget. Scores, budgets and buffers live in files of their own.
+query, evicts (`eviction.py`): the layer then holds no more than its budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from pyramidkv.decode.pool import Pool
 from pyramidkv.errors import ConfigError, UnsupportedError
+from pyramidkv.eviction import EvictingLayer
+from pyramidkv.new_tokens import ALL_REAL, NewTokens
 from pyramidkv.ops.attention import attention
-from pyramidkv.ops.compact import Slots
 from pyramidkv.ops.decode_attention import decode_attention, why_naive
-from pyramidkv.ops.heads import head_limits
 from pyramidkv.ops.packed_attention import packed_attention
-from pyramidkv.ops.select import select
 from pyramidkv.ops.valid import joined
 from pyramidkv.packed import PackedStorage
-from pyramidkv.parallel import first_head
-from pyramidkv.plan import Plan, decoding_limits, limits, ring_size, shared_pages
-from pyramidkv.recovery import Before, remember
-from pyramidkv.ring import QueryRing
-from pyramidkv.rotary import Rotary
-from pyramidkv.scorers import Observation, Scorer
+from pyramidkv.recovery import remember
 from pyramidkv.shape import cache_shape
-from pyramidkv.storage import Storage
 from pyramidkv.usage import LayerUsage
 
 
-@dataclass(frozen=True)
-class NewTokens:
-    """Which of the tokens of one forward are real; what the mask function hands to every layer in place of a mask."""
-
-    valid: Tensor | None  # (B, Q) bool, False for padding; None: all real
-    counts: tuple[int, ...] | None  # real tokens of each row; None with `valid`
-
-    def to(self, device: torch.device) -> NewTokens:
-        """On the device of a layer; layers of one model may lie on several."""
-        if self.valid is None or self.valid.device == device:
-            return self
-        return NewTokens(self.valid.to(device), self.counts)
-
-    def without_last(self, tokens: int) -> NewTokens:
-        """All but the last `tokens`, which must be real."""
-        if self.valid is None or self.counts is None:
-            return self
-        return NewTokens(self.valid[:, :-tokens], tuple(n - tokens for n in self.counts))
-
-
-ALL_REAL = NewTokens(None, None)
-
-
-class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
+class PyramidKVLayer(EvictingLayer, CacheLayerMixin):  # type: ignore[misc]
     """The cache of one full-attention layer."""
 
     is_sliding = False
     is_compileable = False
     is_croppable = False
     supports_early_init = False
-
-    def __init__(self, layer: int, rank: int, plan: Plan, scorer: Scorer | None) -> None:
-        super().__init__()
-        self.layer = layer  # index in the model
-        self.rank = rank  # index among the compressed layers
-        self.plan = plan
-        self.scorer = scorer
-        self.storage: Storage | PackedStorage | None = None
-        self.seen = 0  # columns seen, padding included: what transformers means by length
-        self.counts: list[int] = []  # real tokens seen of each row
-        self.held: list[int] = []  # real tokens stored of each row
-        self.offset: Tensor | None = None  # (B, 1, 1) int32: what to add to a column for a row's position
-        self.rotary: Rotary | None = None  # for a scorer that moves queries
-        self.pool: Pool | None = None  # where buffers come from; None: from torch
-        self.expected: list[int] = []  # real tokens that each row's prompt will have, if that was told
-        self.among: tuple[list[int], int] | None = None  # tokens of all rows of a batch to join, first of these rows
-        self.lasting: Tensor | None = None  # (B, Hkv, *) float16, of the newest slots: what the scorer said of new keys
-        self.prompts: list[int] = []  # real tokens seen of each row after the last forward of several
-        self.ring: QueryRing | None = None  # queries of decoded tokens, if a bound is set and the scorer looks at them
-        self.full_at = 0  # slots at which to think of evicting while decoding; 0: not known yet
-        self.scaling = 1.0  # of the logits, as the model last gave it
-        self.settled = 0  # columns seen when something was last dropped or packed: `crop` goes back no further
-        self.record_past = False  # transformers' word for assisted decoding
-        self.before: Before | None = None  # where this layer was when the newest forward reached it
-        self.drafts: int | None = None  # newest tokens of a forward that may be taken back: see `expect_drafts`
 
     # What transformers asks of a layer.
 
@@ -110,7 +52,7 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
             self.make_room(key_states.shape[2])
             self.before = remember(self)
             columns = self._columns(key_states.shape[2], key_states.device)
-            self.storage.append(key_states, value_states, columns, self._room)
+            self.storage.append(key_states, value_states, columns, self.plan.config.room)
             if isinstance(self.storage, PackedStorage):
                 keys, values = key_states, value_states  # `attend` reads the codes, or unpacks them
             else:
@@ -317,25 +259,6 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
                     "the model, the batch and the dtype that it began with; use another PyramidKVCache or reset() it"
                 )
 
-    @property
-    def _room(self) -> int:
-        return self.plan.config.room
-
-    def _columns(self, new: int, device: torch.device) -> Tensor:
-        """Positions of the next `new` columns, (1 or B, 1, new) int32, were all of them real."""
-        columns = torch.arange(self.seen, self.seen + new, dtype=torch.int32, device=device)[None, None]
-        return columns if self.offset is None else columns + self.offset
-
-    def _positions(self, new: NewTokens, queries: int, heads: int, device: torch.device) -> Tensor:
-        """Positions of the new tokens among the real tokens of their row, (B, H, Q) int32; -1 for padding."""
-        columns = self._columns(queries, device)
-        if new.valid is not None:
-            pads = (~new.valid).cumsum(-1, dtype=torch.int32)[:, None]
-            columns = (columns - pads).masked_fill(~new.valid[:, None], -1)
-            total = -pads[..., -1:]
-            self.offset = total if self.offset is None else self.offset + total
-        return columns.expand(len(self.counts), heads, queries)
-
     def _appends(self, queries: int) -> bool:
         """Whether a forward of that many tokens writes straight into the buffer: decoding, after a first forward."""
         return self.storage is not None and queries in (1, self.drafts)
@@ -382,213 +305,3 @@ class PyramidKVLayer(CacheLayerMixin):  # type: ignore[misc]
         behind = self.storage is not None and self.storage.newest.holes
         padded = zip(new.counts or (), self.held, strict=False)
         return behind or any(n < queries and held > 0 for n, held in padded)
-
-    @torch.no_grad()
-    def _evict(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, new: NewTokens, scaling: float
-    ) -> None:
-        """Bring the layer to its budget: score every key, keep the best, write them into a new buffer."""
-        heads, slots = key.shape[1], key.shape[2]
-        positions = self._positions(new, query.shape[2], heads, key.device)
-        if self.storage is not None:
-            positions = torch.cat([self.storage.positions[:, :, : self.storage.length], positions], dim=2)
-        final = [max(pair) for pair in zip(self.counts, self.expected or self.counts, strict=True)]
-        everyone, at = self.among or (final, 0)
-        allowed = limits(self.plan, self.rank, everyone, itemsize=self._stored_as(key).itemsize)
-        available = self.held
-        self.held = [min(pair) for pair in zip(available, allowed[at:], strict=False)]
-        width = max(self.held) if self.among is None else max(min(pair) for pair in zip(everyone, allowed, strict=True))
-        padded = min(self.held) < width
-        lasting = self._lasting(positions, query.shape[2])
-        if width == slots and not padded and not isinstance(self.storage, PackedStorage):
-            if self.plan.config.packs:
-                self.settled = self.seen + query.shape[2]
-            if lasting is not None:
-                self._score(query, key, value, valid, positions, scaling, lasting)
-            self._keep(key, value, positions, None, self.held, padded, available)
-            self.lasting = lasting
-            return
-        self.settled = self.seen + query.shape[2]
-        chosen = self._choose(query, key, value, valid, positions, scaling, self.held, available, width, lasting)
-        self._keep(key, value, positions, *chosen, padded, available)
-        self.lasting = None
-        if lasting is not None and self._unfinished:
-            index = chosen[0]
-            self.lasting = lasting.gather(2, index.clamp(min=0)).masked_fill_(index < 0, 0.0)
-
-    @property
-    def _unfinished(self) -> bool:
-        """Whether more of the prompt was announced than has come."""
-        return any(n < m for n, m in zip(self.counts, self.expected, strict=False))
-
-    def _lasting(self, positions: Tensor, new: int) -> Tensor | None:
-        """(B, Hkv, K) float16: what the scorer said of the stored keys when they were new, 0 for the `new` ones."""
-        if not getattr(self.scorer, "lasts", False) or not (self._unfinished or self.lasting is not None):
-            return None
-        empty = torch.zeros(positions.shape, dtype=torch.float16, device=positions.device)
-        # Tokens that came one by one in between would lie at its end: then all begins anew.
-        if self.lasting is not None and self.storage is not None and not self.storage.newest.appended:
-            both = min(self.lasting.shape[2], positions.shape[2] - new)  # those in front are empty slots
-            end = positions.shape[2] - new
-            empty[:, :, end - both : end] = self.lasting[:, :, self.lasting.shape[2] - both :]
-        return empty
-
-    def make_room(self, new: int) -> None:
-        """Before `new` tokens are added while decoding: evict, if that many would be too many for `slack`."""
-        held = self.overfull(new)
-        if held is not None:
-            self.evict_decoded(held)
-
-    def overfull(self, new: int) -> list[int] | None:
-        """Tokens that each row must be brought down to before `new` more come while decoding; None: there is room."""
-        storage, slack = self.storage, self.plan.config.slack
-        if slack is None or storage is None or storage.length + new <= self.full_at:
-            return None
-        itemsize = storage.spec.itemsize
-        allowed = decoding_limits(self.plan, self.rank, self.counts, self.prompts, itemsize=itemsize, ahead=slack)
-        # Packing leaves slots that no row uses.
-        empty = storage.length - max(self.held) if isinstance(storage, PackedStorage) else 0
-        self.full_at = max(allowed) + slack + empty
-        above = any(n > limit for n, limit in zip(self.held, allowed, strict=True))
-        asked = self.ring is None or self.ring.count > 0  # with no query to choose by, it waits for one
-        if not (above and asked and storage.length + new > self.full_at):
-            return None
-        return [min(n, limit) for n, limit in zip(self.held, allowed, strict=True)]
-
-    @property
-    def crowded(self) -> bool:
-        """Whether `make_room` for the next token might evict."""
-        return self.plan.config.slack is not None and (self.storage is None or self.storage.length >= self.full_at)
-
-    @torch.no_grad()
-    def evict_decoded(self, held: list[int]) -> None:
-        """Keep `held` tokens of each row in the middle of decoding, in the buffers that it has."""
-        storage, padded = self.storage, min(held) < max(held)
-        assert storage is not None
-        slots = self.slots()
-        index, each = self.survivors(slots, held)
-        if isinstance(storage, PackedStorage):
-            available, self.held = self.held, held
-            del storage  # what is kept is to lie where the old pages were: `slots` are copies
-            self._keep(*slots, index, each, padded, available)
-        else:
-            storage.keep(index, padded)
-        self.evicted(held)
-
-    def slots(self) -> Slots:
-        """Keys, values and positions in use; those of a packed layer are unpacked."""
-        assert self.storage is not None
-        return *self.storage.view(), self.storage.positions[:, :, : self.storage.length]
-
-    def survivors(self, slots: Slots, held: list[int]) -> tuple[Tensor, Sequence[int] | Tensor]:
-        """Which of `slots()` an eviction of decoded tokens keeps, and how many, as `_choose` gives them."""
-        key, value, positions = slots
-        assert self.storage is not None
-        query = key[:, :, :0] if self.ring is None else self.ring.newest(self.storage.newest.length)
-        valid = self.storage.valid()
-        return self._choose(query, key, value, valid, positions, self.scaling, held, self.held, max(held))
-
-    def evicted(self, held: list[int]) -> None:
-        """Take note of an eviction of decoded tokens."""
-        self.held = held
-        if self.ring is not None:
-            self.ring.drop(self.ring.count)
-        self.settled, self.full_at = self.seen, 0
-
-    def _open_ring(self, query: Tensor) -> None:
-        """Make ready for decoding after a forward of several tokens."""
-        self.prompts, self.full_at = list(self.counts), 0
-        size = ring_size(self.plan.config)
-        if size is None:
-            return
-        if self.ring is None:
-            self.ring = QueryRing.allocate(query, size, self._stored_as(query))
-        self.ring.drop(self.ring.count)
-
-    def _choose(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        valid: Tensor | None,
-        positions: Tensor,
-        scaling: float,
-        held: list[int],
-        available: list[int],
-        width: int,
-        lasting: Tensor | None = None,
-    ) -> tuple[Tensor, Sequence[int] | Tensor]:
-        """The slots to keep, (B, H, width) as `select` gives them, `held` of each row; and how many, as it was told."""
-        scores = self._score(query, key, value, valid, positions, scaling, lasting)
-        recent = self.plan.config.recent
-        each: Sequence[int] | Tensor = held
-        if self.plan.config.heads == "adaptive":
-            each, width = head_limits(scores, held, available, recent, valid), scores.shape[2]
-        return select(scores, each, width, recent=recent, valid=valid, finite=True), each
-
-    def _score(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        valid: Tensor | None,
-        positions: Tensor,
-        scaling: float,
-        lasting: Tensor | None,
-    ) -> Tensor:
-        """(B, H, K): the method's word on every slot."""
-        if self.scorer is None:
-            return positions.float()  # nothing is dropped but padding: any finite score will do
-        first = first_head(self.plan.shape.layers[self.layer].kv_heads, key.shape[1])
-        seen = Observation(
-            query, key, value, scaling, valid, positions, self.counts, self.layer, first, self.rotary, lasting
-        )
-        scores = self.scorer.score(seen)
-        if scores.shape != positions.shape:
-            raise ConfigError(
-                f"method={self.plan.config.method!r}: score() returned {tuple(scores.shape)}; "
-                f"it must be (B, Hkv, K), here {tuple(positions.shape)}"
-            )
-        return scores
-
-    def _stored_as(self, like: Tensor) -> torch.dtype:
-        name = self.plan.config.kv_dtype
-        dtype: torch.dtype = like.dtype if name == "auto" else getattr(torch, name)
-        return dtype
-
-    def _keep(
-        self,
-        key: Tensor,
-        value: Tensor,
-        positions: Tensor,
-        index: Tensor | None,
-        each: Sequence[int] | Tensor,
-        padded: bool,
-        available: list[int],
-    ) -> None:
-        """Store the slots `index`, `each` of a row or head, or all."""
-        config, dtype = self.plan.config, self._stored_as(key)
-        even = not isinstance(self.storage, PackedStorage)
-        self.storage = None  # the old buffers may go before the new ones are made
-        if config.packs:
-            if index is None:
-                index = torch.arange(key.shape[2], device=key.device).expand(positions.shape)
-            self.storage = PackedStorage.gather(
-                key,
-                value,
-                positions,
-                index,
-                each,
-                config.bits,
-                shared_pages(config, key.shape[1], self.held, available, even),
-                recent=config.recent,
-                tokens=max(self.counts),
-                room=config.free,
-                padded=padded,
-                dtype=dtype,
-                pool=self.pool,
-            )
-        elif index is None:
-            self.storage = Storage.whole(key, value, positions, config.free, dtype, self.pool)
-        else:
-            self.storage = Storage.gather(key, value, positions, index, config.free, padded, dtype, self.pool)

@@ -62,7 +62,7 @@ class Evictions:
         def work() -> None:
             for layer, held in still:
                 assert isinstance(layer.storage, Storage)
-                layer.storage.compact(layer.survivors(layer.slots(), held)[0])
+                layer.storage.compact(layer.survivors(held))
 
         self.captures += 1
         return self._record(work, still[0][0].storage.keys.device, 0)  # type: ignore[union-attr]

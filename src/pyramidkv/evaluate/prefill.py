@@ -12,7 +12,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from pyramidkv.cache import PyramidKVCache
 from pyramidkv.errors import PyramidKVError
-from pyramidkv.layer import NewTokens, PyramidKVLayer
+from pyramidkv.layer import PyramidKVLayer
+from pyramidkv.new_tokens import NewTokens
 
 
 class _SharedLayer(PyramidKVLayer):
