@@ -31,6 +31,8 @@ def inputs(shape, by_head, dtype=torch.float32, device="cpu"):
 
 def by_definition(query, key, value, first_query, first_key, queries, keys, used, scaling):
     """What torch's flash kernel promises of its arguments: a loop over sequences, queries and heads."""
+    assert all(numbers.is_contiguous() for numbers in (first_query, first_key, used))  # it asks for that
+    assert all(t.stride(-1) == 1 for t in (query, key, value))
     out = torch.zeros_like(query)
     for n, count in enumerate(used.tolist()):
         begin, end = first_query[n : n + 2].tolist()

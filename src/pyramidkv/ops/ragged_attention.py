@@ -53,7 +53,8 @@ def ragged_attention(
     """
     rows, heads, queries, width = query.shape
     kv_heads, slots = key.shape[1], key.shape[2]
-    used = by_head(valid).sum(-1, dtype=torch.int32).expand(rows, kv_heads).reshape(-1)
+    # Of one row, what is expanded can be flattened without a copy, and the kernel wants its numbers side by side.
+    used = by_head(valid).sum(-1, dtype=torch.int32).expand(rows, kv_heads).reshape(-1).contiguous()
     number = torch.arange(rows * kv_heads + 1, dtype=torch.int32, device=query.device)
     first_key = number * slots
     first_key[:-1] += slots - used
