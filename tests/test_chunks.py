@@ -120,6 +120,19 @@ def test_chunks_are_even(tokens, chunk):
     assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize("chunk", [2048, 2100, 4096, 5000])
+@pytest.mark.parametrize("tokens", [1, 255, 2048, 2049, 4097, 8191, 32767, 131071, 131072])
+def test_large_chunks_are_even_but_for_steps_that_recur(tokens, chunk):
+    sizes = even_sizes(tokens, chunk)
+    assert sum(sizes) == tokens
+    assert len(sizes) == -(-tokens // (chunk // 256 * 256))
+    assert min(sizes) > 0
+    assert max(sizes) <= chunk
+    assert max(sizes) - min(sizes) < 512
+    assert all(size % 256 == 0 for size in sizes[1:])
+    assert len(set(sizes[1:])) <= 2
+
+
 IDS = padded_batch((40,))[0]
 BAD = [
     ({"chunk": 0}, {}, "chunk=0: must be a whole number of tokens, at least 1"),

@@ -8,7 +8,9 @@ import torch
 import pyramidkv
 from families import model, padded_batch
 from pyramidkv.ops import kernels
+from pyramidkv.ops.append import append
 from pyramidkv.ops.decode_attention import decode_attention
+from pyramidkv.ops.merge import merge
 from pyramidkv.ops.packed_attention import packed_attention
 from pyramidkv.ops.pages import Pages
 from test_kernels import HAS_TRITON, INTERPRETED
@@ -103,3 +105,17 @@ def test_products_compile(compiled, dtype):
             if rows > 1:
                 triton.linear(x, weight, some, blocks=triton.Blocks(16, 4, 6, 64, overlap=overlap))
     assert {name for _, name, *_ in compiled} == {"vector_kernel", "rows_kernel", "dot_kernel", "join_kernel"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs triton, not interpreted")
+@pytest.mark.parametrize("size", [64, 80, 128])
+def test_what_a_chunk_needs_compiles(compiled, size):
+    key = torch.zeros(2, 2, 40, size, dtype=torch.float16)
+    lse = torch.zeros(2, 2, 40)
+    for by_token in (False, True):
+        append((key, key), (key, key), by_token=by_token)
+    for number in (2, 3):
+        merge([(key, lse)] * number, torch.empty_like(key))
+    assert {name for _, name, *_ in compiled} == {"append_kernel", "merge_kernel"}
+    assert all(kernel.metadata.num_warps == 4 for kernel in compiled.values())

@@ -11,6 +11,7 @@ from pyramidkv.cache import PyramidKVCache
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError
 from pyramidkv.methods import METHODS
+from pyramidkv.ops.split_attention import STEP
 
 
 def prefill(
@@ -59,9 +60,17 @@ def prefill(
 
 
 def even_sizes(tokens: int, chunk: int) -> list[int]:
-    """Sizes of the fewest chunks of at most `chunk` tokens, all as large as each other, or one token larger."""
-    number = -(-tokens // chunk)
-    return [tokens // number + (i < tokens % number) for i in range(number)]
+    """Sizes of the fewest chunks of at most `chunk` tokens, all as large as each other, or one token larger.
+
+    Large chunks but the first are multiples of `STEP` tokens, at most one `STEP` larger than each other: attention
+    plans for every size that it meets, and so they recur from prompt to prompt.
+    """
+    step = STEP if chunk >= 8 * STEP else 1
+    number = -(-tokens // (chunk - chunk % step))
+    steps, rest = divmod(tokens, step)
+    sizes = [step * (steps // number + (i >= number - steps % number)) for i in range(number)]
+    sizes[0] += rest
+    return sizes
 
 
 def check_tokens(input_ids: Any, attention_mask: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyramidkv.decode.pool import Pool
+from pyramidkv.ops.append import append
 from pyramidkv.ops.bitmap import pack_positions, unpack_positions
 from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import PAGE, key_bytes, value_bytes
@@ -120,7 +121,7 @@ class PackedStorage:
 
     def followed_by(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values in use, unpacked, and (B, H, T, *) new ones behind them."""
-        return self._followed_by(*self.new.followed_by(key, value))
+        return self._followed_by(*append(self.new.view(key.dtype), (key, value)))
 
     def _followed_by(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         old_key, old_value = self.pages.unpack(key.dtype)

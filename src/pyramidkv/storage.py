@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from pyramidkv.decode.pool import Pool
+from pyramidkv.ops.append import append
 from pyramidkv.ops.compact import compact
+from pyramidkv.ops.split_attention import wants_tokens
 
 POSITION_BYTES = 4  # int32
 
@@ -145,8 +147,8 @@ class Storage:
 
     def followed_by(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values in use, and (B, H, T, *) new ones behind them; in the dtype of these."""
-        old_key, old_value = self.view(key.dtype)
-        return torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
+        by_token = not self.padded and wants_tokens(key)
+        return append(self.view(key.dtype), (key, value), by_token=by_token)
 
     def valid(self) -> Tensor | None:
         """(B, length) bool, False for empty slots; None when there can be none."""

@@ -10,12 +10,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from pyramidkv.ops.ragged_attention import ragged_attention, why_not
+from pyramidkv.ops.ragged_attention import ragged_attention
+from pyramidkv.ops.ragged_attention import why_not as why_not_ragged
+from pyramidkv.ops.split_attention import split_attention
+from pyramidkv.ops.split_attention import why_not as why_not_split
 from pyramidkv.ops.valid import by_head
 
 # cuDNN attention makes a plan for every new shape. In a prefill all layers have one shape; afterwards each layer has a
 # length of its own, which grows at every token.
-_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention(
@@ -46,14 +49,16 @@ def attention(
         return scaled_dot_product_attention(
             query, key, value, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1
         )
-    if valid is not None and not holes and query.shape[2] > 1 and why_not(query, key, value, dropout) is None:
+    if valid is None and why_not_split(query, key, value, dropout) is None:
+        return split_attention(query, key, value, scaling)
+    if valid is not None and not holes and query.shape[2] > 1 and why_not_ragged(query, key, value, dropout) is None:
         return ragged_attention(query, key, value, scaling, valid)
     with _backends(query):
         return _over_past(query, key, value, scaling, valid, dropout)
 
 
 def _backends(query: Tensor) -> AbstractContextManager[object]:
-    return sdpa_kernel(_WITHOUT_CUDNN) if query.is_cuda else nullcontext()
+    return sdpa_kernel(BACKENDS) if query.is_cuda else nullcontext()
 
 
 def _over_past(

@@ -1,0 +1,105 @@
+"""The same as `naive.py` in one launch, bound by the bytes that it moves."""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyramidkv.ops.kernels import dense, parts, power_of_two
+from pyramidkv.ops.merge.naive import Part
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What a program merges."""
+
+    rows: int = 32  # queries
+    warps: int = 4
+    halves: bool = True  # read a head size like 80 as 64 + 16 rather than as a masked 128
+
+
+@triton.jit
+def _lse(base, row, there):
+    """Log-sum-exps; nothing seen is -inf."""
+    lse = tl.load(base + row, mask=there, other=0.0)
+    return tl.where(lse == float("inf"), float("-inf"), lse)
+
+
+@triton.jit
+def _channels(
+    one, two, three, out, n1, n2, n3, no, row, there, w1, w2, w3,
+    START: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.constexpr, THREE: tl.constexpr,
+):  # fmt: skip
+    """Channels START to START + WIDE of the rows, merged."""
+    channel = START + tl.arange(0, WIDE)[None, :]
+    inside = there[:, None]
+    if START + WIDE > SIZE:
+        inside = inside & (channel < SIZE)
+    row = row[:, None]
+    a = tl.load(one + row * n1 + channel, mask=inside, other=0.0)
+    b = tl.load(two + row * n2 + channel, mask=inside, other=0.0)
+    total = a.to(tl.float32) * w1[:, None] + b.to(tl.float32) * w2[:, None]
+    if THREE:
+        c = tl.load(three + row * n3 + channel, mask=inside, other=0.0)
+        total += c.to(tl.float32) * w3[:, None]
+    tl.store(out + row * no + channel, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def merge_kernel(
+    one, two, three, lse1, lse2, lse3, out,
+    b1, h1, n1, b2, h2, n2, b3, h3, n3, bo, ho, no, heads, count,
+    SIZE: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, THREE: tl.constexpr,
+):  # fmt: skip
+    """(tiles of queries, B * H) programs."""
+    program = tl.program_id(1).to(tl.int64)  # offsets pass 2^31 in large batches
+    batch, head = program // heads, program % heads
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < count
+    x1 = _lse(lse1 + program * count, row, there)
+    x2 = _lse(lse2 + program * count, row, there)
+    top = tl.maximum(x1, x2)
+    x3 = x2
+    if THREE:
+        x3 = _lse(lse3 + program * count, row, there)
+        top = tl.maximum(top, x3)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    w1, w2, w3 = tl.exp(x1 - top), tl.exp(x2 - top), tl.exp(x3 - top)
+    total = w1 + w2
+    if THREE:
+        total += w3
+    total = tl.where(total == 0, 1.0, total)
+    w1, w2, w3 = w1 / total, w2 / total, w3 / total
+    one += batch * b1 + head * h1
+    two += batch * b2 + head * h2
+    three += batch * b3 + head * h3
+    out += batch * bo + head * ho
+    _channels(one, two, three, out, n1, n2, n3, no, row, there, w1, w2, w3, 0, FIRST, SIZE, THREE)
+    if REST > 0:
+        _channels(one, two, three, out, n1, n2, n3, no, row, there, w1, w2, w3, FIRST, REST, SIZE, THREE)
+
+
+def merge(given: Sequence[Part], out: Tensor, *, blocks: Blocks | None = None) -> None:
+    """As `naive.merge`, of two or three parts. Any strides do, as long as the channels lie side by side."""
+    blocks = blocks or Blocks()
+    batch, heads, count, size = out.shape
+    if out.stride(-1) != 1:
+        raise ValueError("out: its channels must lie side by side")
+    over = [dense(part) for part, _ in given]
+    lses = [lse.float().contiguous() for _, lse in given]
+    three = len(given) == 3
+    if not three:
+        over.append(over[-1])
+        lses.append(lses[-1])
+    first, rest = parts(size) if blocks.halves else (power_of_two(size), 0)
+    if out.numel():
+        merge_kernel[(triton.cdiv(count, blocks.rows), batch * heads)](
+            *over, *lses, out, *(n for part in (*over, out) for n in part.stride()[:3]), heads, count,
+            SIZE=size, FIRST=first, REST=rest, ROWS=blocks.rows, THREE=three, num_warps=blocks.warps,
+        )  # fmt: skip
