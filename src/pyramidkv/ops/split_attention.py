@@ -5,11 +5,10 @@ causal mask of as many queries as keys. So the kept keys, which every new query 
 the new ones with that mask, and the two joined by their log-sum-exps.
 
 cuDNN builds a plan for every new shape and stride, which costs the host tens of milliseconds, and torch never lets one
-go. So few
-shapes are asked for: numbers of queries that are multiples of `STEP`, as chunks are (`chunks.even_sizes`), and round
-numbers of kept keys, `PLANS` from each power of two to the next; those left over go to torch's flash kernel, which
-plans nothing. Keys lie token by token (`ops/append`), and rows are attended to one by one, so that no stride depends on
-how many keys or rows there are. Layers of a pyramid then share their plans, and so does the next prompt.
+go. So few shapes are asked for: numbers of queries that are multiples of `STEP`, as chunks are (`chunks.even_sizes`),
+and round numbers of kept keys, `PLANS` from each power of two to the next; those left over go to torch's flash kernel,
+which plans nothing. Keys lie token by token (`ops/append`), and rows are attended to one by one, so that no stride
+depends on how many keys or rows there are. Layers of a pyramid then share their plans, and so does the next prompt.
 """
 
 from __future__ import annotations
