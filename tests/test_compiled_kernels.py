@@ -119,3 +119,14 @@ def test_what_a_chunk_needs_compiles(compiled, size):
         merge([(key, lse)] * number, torch.empty_like(key))
     assert {name for _, name, *_ in compiled} == {"append_kernel", "merge_kernel"}
     assert all(kernel.metadata.num_warps == 4 for kernel in compiled.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rotation_compiles(compiled, dtype):
+    from pyramidkv.ops.rotate import triton
+
+    for heads, kv_heads, size, rotated in ((4, 4, 80, 20), (4, 2, 128, 128), (3, 1, 96, 96)):
+        query, key = (torch.zeros(2, n, 40, size, dtype=dtype) for n in (heads, kv_heads))
+        angle = torch.zeros(1, 40, rotated, dtype=dtype)
+        triton.rotate(query, key, angle, angle)
+    assert {name for _, name, *_ in compiled} == {"rotate_kernel"}

@@ -20,6 +20,7 @@ from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.graph import DecodeGraph, why_eager
 from pyramidkv.errors import CompressionWarning, ConfigError, PyramidKVError, UnsupportedError
 from pyramidkv.parallel import check_heads
+from pyramidkv.rotations import rotate_at_once
 from pyramidkv.rows import can_group, prefill_rows, row_groups
 from pyramidkv.shape import cache_shape
 from pyramidkv.slices import replace, slice_mlps
@@ -58,7 +59,11 @@ class Session:
         self._attention = self.model.config._attn_implementation
         self.model.set_attn_implementation(ATTENTION_NAME)
         self._hook = self.model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
-        self._restore = [slice_mlps(self.model), replace(self.model, "forward", self._forward)]
+        self._restore = [
+            slice_mlps(self.model),
+            rotate_at_once(self.model),
+            replace(self.model, "forward", self._forward),
+        ]
         if hasattr(self.model, "generate"):
             self._restore.append(replace(self.model, "generate", self._generate))
         return self

@@ -1,0 +1,41 @@
+"""Rotary position embedding of queries and keys: a Triton kernel where it can run, else plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyramidkv.ops import kernels
+from pyramidkv.ops.rotate import naive
+
+__all__ = ["rotate", "why_naive"]
+
+
+def why_naive(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> str | None:
+    """Why a call runs in plain torch; None if the Triton kernel can serve it."""
+    if reason := kernels.why_no_triton(query.device):
+        return reason
+    if query.dtype not in kernels.READ:
+        return f"the kernel does not read {str(query.dtype).removeprefix('torch.')}"
+    if not query.dtype == key.dtype == cos.dtype == sin.dtype:
+        return "vectors and angles have unequal dtypes"
+    if query.shape[-1] > kernels.LARGEST:
+        return f"head size {query.shape[-1]} is over {kernels.LARGEST}"
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        return "a gradient is asked for"
+    return None
+
+
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, Hq, T, D) queries and (B, Hkv, T, D) keys with their first R channels rotated; cos and sin (1 or B, T, R).
+
+    The definition is that of `naive.rotate`; the kernel's result is the same to the last bit. Its queries lie in memory
+    as (B, T, Hq, D): attention gives its output the layout of its queries, and that is the one which the output
+    projection reads without a copy.
+    """
+    if why_naive(query, key, cos, sin) is None:
+        from pyramidkv.ops.rotate import triton
+
+        with kernels.on(query.device):
+            return triton.rotate(query, key, cos, sin)
+    return naive.rotate(query, key, cos, sin)
