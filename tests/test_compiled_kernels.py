@@ -121,6 +121,8 @@ def test_what_a_chunk_needs_compiles(compiled, size):
     assert all(kernel.metadata.num_warps == 4 for kernel in compiled.values())
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs triton, not interpreted")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_rotation_compiles(compiled, dtype):
     from pyramidkv.ops.rotate import triton
