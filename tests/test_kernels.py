@@ -25,7 +25,15 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Files whose interpreted tests run with these.
 OTHERS = [
     os.path.join(os.path.dirname(__file__), f"test_{name}.py")
-    for name in ("echo_kernels", "eviction_kernels", "linear", "packed_attention", "split_attention")
+    for name in (
+        "echo_kernels",
+        "eviction_kernels",
+        "launch",
+        "launches",
+        "linear",
+        "packed_attention",
+        "split_attention",
+    )
 ]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="run by test_triton_in_its_interpreter")

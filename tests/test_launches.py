@@ -15,9 +15,9 @@ from test_kernels import interpreted
 @interpreted
 @pytest.mark.parametrize(
     ("method", "lengths", "bound"),
-    [("pyramidkv", (300,), 9), ("echo", (300,), 7), ("auto", (300,), 13), ("auto", (300, 170), 23)],
+    [("pyramidkv", (300,), 8), ("echo", (300,), 6), ("auto", (300,), 12), ("auto", (300, 170), 16)],
 )
-def test_a_layer_launches_little(method, lengths, bound, monkeypatch):
+def test_interpreted_layer_launches_little(method, lengths, bound, monkeypatch):
     plain = model("gpt_neox-2-2-80")
     cache = pyramidkv.PyramidKVCache(plain.config, method=method, keep=0.5)
     ids, mask, positions = padded_batch(lengths)
@@ -26,13 +26,13 @@ def test_a_layer_launches_little(method, lengths, bound, monkeypatch):
     assert others
     for found in others:
         assert found.total() <= bound, dict(found)
-    assert first.total() <= bound + 8  # what all layers share
+    assert first.total() <= bound + 13  # what all layers share
 
 
 @interpreted
 @pytest.mark.parametrize(("method", "bound"), [("pyramidkv", 12), ("rms", 11), ("knorm", 7), ("auto", 108)])
 @torch.no_grad()
-def test_an_eviction_while_decoding_launches_little(method, bound, monkeypatch):
+def test_interpreted_eviction_while_decoding_launches_little(method, bound, monkeypatch):
     plain = model("gpt_neox-2-2-80")
     plain.set_attn_implementation("pyramidkv")
     cache = pyramidkv.PyramidKVCache(plain.config, method=method, budget=100, slack=8)

@@ -162,7 +162,7 @@ def test_pages_of_16_bits_change_nothing(name, lengths, monkeypatch):
     ids, mask, positions = padded_batch(lengths)
     more = torch.randint(3, 101, (len(lengths), 60), generator=torch.Generator().manual_seed(8))
     heads = cache_shape(plain.config).layers[0].kv_heads
-    monkeypatch.setattr("pyramidkv.layer.shared_pages", lambda *_: 4 * heads)
+    monkeypatch.setattr("pyramidkv.eviction.shared_pages", lambda *_: 4 * heads)
     found = []
     for packs in (False, True):
         monkeypatch.setattr(pyramidkv.CompressionConfig, "packs", packs)

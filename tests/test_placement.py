@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import pyramidkv
 from families import config, model, padded_batch
-from pyramidkv.new_tokens import ALL_REAL, NewTokens
+from pyramidkv.new_tokens import NewTokens
 from pyramidkv.packed import PackedStorage
 
 CASES = (
@@ -60,7 +60,7 @@ def test_a_layer_stores_on_the_device_of_its_keys(options):
     valid = torch.ones(2, 40, dtype=torch.bool)
     valid[1, :7] = False
     for layer, device in zip(cache.layers, ("cpu", "meta", "cpu"), strict=True):
-        for new in (NewTokens(valid, (40, 33)), ALL_REAL):
+        for new in (NewTokens(valid, (40, 33)), NewTokens()):
             queries = 1 if new.valid is None else 40
             key, value = (torch.randn(2, 2, queries, 32, device=device) for _ in range(2))
             keys, values = layer.update(key, value)

@@ -19,7 +19,7 @@ from pyramidkv.cache import ATTENTION_NAME
 from pyramidkv.decode.step import StepLayer
 from pyramidkv.errors import ConfigError, UnsupportedError
 from pyramidkv.layer import PyramidKVLayer
-from pyramidkv.new_tokens import ALL_REAL, NewTokens
+from pyramidkv.new_tokens import NewTokens
 
 
 def new_tokens(attention_mask: Tensor | None, queries: int) -> NewTokens:
@@ -34,10 +34,10 @@ def new_tokens(attention_mask: Tensor | None, queries: int) -> NewTokens:
             "(batch, tokens), with a column for every token seen or at least for every new one"
         )
     if attention_mask is None or (queries == 1 and attention_mask.device.type != "cpu"):
-        return ALL_REAL
+        return NewTokens()
     valid = attention_mask[:, -queries:].to(torch.bool)
     if bool(valid.all()):
-        return ALL_REAL
+        return NewTokens()
     if queries > 1 and bool((valid[:, :-1] & ~valid[:, 1:]).any()):
         row = int((valid[:, :-1] & ~valid[:, 1:]).any(1).nonzero()[0, 0])
         raise ConfigError(

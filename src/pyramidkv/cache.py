@@ -24,7 +24,7 @@ from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError, PyramidKVError, UnsupportedError
 from pyramidkv.layer import PyramidKVLayer
 from pyramidkv.methods import METHODS
-from pyramidkv.plan import Plan
+from pyramidkv.plan import plan_of
 from pyramidkv.recovery import reached, undo, undoable
 from pyramidkv.rotary import Rotary
 from pyramidkv.shape import cache_shape
@@ -52,7 +52,7 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
         if config is not None and options:
             raise ConfigError(f"{next(iter(options))}: give either config= or keyword options, not both")
         self.config = CompressionConfig.make(**options) if config is None else config
-        self.plan = Plan(self.config, cache_shape(model_config))
+        self.plan = plan_of(self.config, cache_shape(model_config))
         self._model_config = model_config.get_text_config(decoder=True)
         make_scorer = METHODS[self.config.method].scorer
         compressed = self.plan.shape.compressed

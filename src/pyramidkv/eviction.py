@@ -62,7 +62,8 @@ class EvictingLayer:
     ) -> None:
         """Bring the layer to its budget: score every key, keep the best, write them into a new buffer."""
         queries, slots = query.shape[2], key.shape[2]
-        positions = self._positions(new, queries, key.shape[1], key.device)
+        columns, self.offset = new.positions(self.seen, queries, self.offset, key.device)
+        positions = columns.expand(*key.shape[:2], queries)
         if self.storage is not None:
             positions = torch.cat([self.storage.positions[:, :, : self.storage.length], positions], dim=2)
         lasting = self._lasting(positions, queries)
@@ -180,21 +181,6 @@ class EvictingLayer:
             end = positions.shape[2] - new
             empty[:, :, end - both : end] = self.lasting[:, :, self.lasting.shape[2] - both :]
         return empty
-
-    def _columns(self, new: int, device: torch.device) -> Tensor:
-        """Positions of the next `new` columns, (1 or B, 1, new) int32, were all of them real."""
-        columns = torch.arange(self.seen, self.seen + new, dtype=torch.int32, device=device)[None, None]
-        return columns if self.offset is None else columns + self.offset
-
-    def _positions(self, new: NewTokens, queries: int, heads: int, device: torch.device) -> Tensor:
-        """Positions of the new tokens among the real tokens of their row, (B, H, Q) int32; -1 for padding."""
-        columns = self._columns(queries, device)
-        if new.valid is not None:
-            pads = (~new.valid).cumsum(-1, dtype=torch.int32)[:, None]
-            columns = (columns - pads).masked_fill(~new.valid[:, None], -1)
-            total = -pads[..., -1:]
-            self.offset = total if self.offset is None else self.offset + total
-        return columns.expand(len(self.counts), heads, queries)
 
     def _stored_as(self, like: Tensor) -> torch.dtype:
         name = self.plan.config.kv_dtype

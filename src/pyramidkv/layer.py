@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from pyramidkv.errors import ConfigError, UnsupportedError
 from pyramidkv.eviction import EvictingLayer
-from pyramidkv.new_tokens import ALL_REAL, NewTokens
+from pyramidkv.new_tokens import NewTokens
 from pyramidkv.ops.attention import attention
 from pyramidkv.ops.decode_attention import decode_attention, why_naive
 from pyramidkv.ops.packed_attention import packed_attention
@@ -189,7 +189,7 @@ class PyramidKVLayer(EvictingLayer, CacheLayerMixin):  # type: ignore[misc]
         self.drafts = drafts
         keys, values = self.update(key[:, :, end:], value[:, :, end:])
         self.before = before  # both parts are of one forward
-        second = self.attend(query[:, :, end:], keys, values, ALL_REAL, scaling, dropout)
+        second = self.attend(query[:, :, end:], keys, values, NewTokens(), scaling, dropout)
         return torch.cat([first, second], dim=2)
 
     def absorb(
@@ -258,6 +258,11 @@ class PyramidKVLayer(EvictingLayer, CacheLayerMixin):  # type: ignore[misc]
                     f"past_key_values was filled with {had} {what}; the new tokens have {has}: a cache goes on with "
                     "the model, the batch and the dtype that it began with; use another PyramidKVCache or reset() it"
                 )
+
+    def _columns(self, new: int, device: torch.device) -> Tensor:
+        """Positions of the next `new` columns, (1 or B, 1, new) int32, were all of them real."""
+        columns = torch.arange(self.seen, self.seen + new, dtype=torch.int32, device=device)[None, None]
+        return columns if self.offset is None else columns + self.offset
 
     def _appends(self, queries: int) -> bool:
         """Whether a forward of that many tokens writes straight into the buffer: decoding, after a first forward."""

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 from pyramidkv.budget import layer_budgets, total_for_share
 from pyramidkv.config import CompressionConfig
@@ -31,10 +32,13 @@ class Plan:
                 f"layers={config.layers!r}: has {len(self._weights)} numbers; this model has {self._layers} layers "
                 "that are compressed"
             )
-        self._affordable: dict[tuple[int, int, int], tuple[int, ...]] = {}
+        self._known = lru_cache(maxsize=1024)(self._budgets)  # every layer of every prompt asks
 
     def budgets(self, tokens: int, *, batch: int = 1, itemsize: int = 2) -> tuple[int, ...]:
         """Tokens that each compressed layer may hold for a row of `tokens` real tokens, bottom layer first."""
+        return self._known(tokens, batch, itemsize)
+
+    def _budgets(self, tokens: int, batch: int, itemsize: int) -> tuple[int, ...]:
         config = self.config
         if not config.amount:
             return (tokens,) * self._layers
@@ -43,10 +47,7 @@ class Plan:
             return self._split(max(total_for_share(config.keep, layers=self._layers, prompt=tokens), least), tokens)
         if config.budget is not None:
             return self._split(self._layers * config.budget, tokens)
-        key = (tokens, batch, itemsize)
-        if key not in self._affordable:
-            self._affordable[key] = self._afford(*key)
-        return self._affordable[key]
+        return self._afford(tokens, batch, itemsize)
 
     def kv_bytes(self, tokens: int, *, batch: int = 1, itemsize: int = 2) -> int:
         """Bytes that the cache holds after a prompt of `tokens` tokens a row: every storage, room included."""
@@ -130,6 +131,16 @@ class Plan:
                 held = layer.sliding_window if tokens is None else min(tokens, layer.sliding_window - 1)
                 total += 2 * layer.kv_heads * layer.head_dim * itemsize * held
         return batch * total
+
+
+def plan_of(config: CompressionConfig, shape: CacheShape) -> Plan:
+    """The plan that all caches of one config on one model shape share: what a `share` pays for takes a while."""
+    return _plan_of(config, shape, METHODS[config.method].schedule)  # a method may be registered anew
+
+
+@lru_cache(maxsize=64)
+def _plan_of(config: CompressionConfig, shape: CacheShape, _: str) -> Plan:
+    return Plan(config, shape)
 
 
 def _spec(shape: LayerShape, batch: int, itemsize: int) -> Spec:

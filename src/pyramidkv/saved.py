@@ -121,7 +121,7 @@ def fingerprint(model_config: Any) -> Facts:
 
 def _dump_layer(layer: Any) -> tuple[Tensors, Facts]:
     facts: Facts = {name: getattr(layer, name) for name in _LAYER_FIELDS}
-    tensors: Tensors = {} if layer.offset is None else {"offset": layer.offset}
+    tensors: Tensors = {} if layer.offset is None else {"offset": layer.offset.clone()}  # layers may share it
     if layer.ring is not None:
         tensors["queries"] = layer.ring.queries
         facts["queries"] = layer.ring.count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,9 +25,14 @@ def why_no_triton(device: torch.device) -> str | None:
         return "the kernels have not been tried on ROCm"
     if not _TRITON:
         return "triton is not installed"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if _capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return None
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def why_naive(query: Tensor) -> str | None:
@@ -53,6 +59,11 @@ def parts(size: int) -> tuple[int, int]:
     return first, 0 if rest == 0 else max(16, power_of_two(rest))
 
 
+def tiles(n: int, size: int) -> int:
+    """How many tiles of that size n takes."""
+    return -(-n // size)
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
@@ -62,6 +73,14 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     """Makes the device the current one, where Triton launches; layers of one model may lie on several."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     return torch.cuda.device(device) if elsewhere else nullcontext()
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    if device.type != "cuda":  # the interpreter
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def dense(tensor: Tensor) -> Tensor:

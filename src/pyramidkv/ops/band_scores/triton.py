@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -19,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pyramidkv.ops.band_scores.naive import NEAR, SPAN, STRIDE, same_tokens
-from pyramidkv.ops.kernels import dense, parts, power_of_two
+from pyramidkv.ops.kernels import dense, parts, power_of_two, tiles
+from pyramidkv.ops.launch import KNOWN, Launch
 from pyramidkv.ops.turn.triton import turn
 from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores.triton import _product, _tile, log_sum_exp
@@ -162,19 +164,37 @@ def near_scores(
     blocks: Blocks | None = None,
 ) -> Tensor:
     """Pass 2: the scores, (B, Hkv, K) float32, from the log2-sum-exps of pass 1."""
-    batch, heads, keys, size = query.shape
-    kv_heads = key.shape[1]
-    blocks = blocks or choose(size, key.itemsize)
-    out = torch.empty(batch, kv_heads, keys, dtype=torch.float32, device=key.device)
-    first, rest = parts(size)
-    cos, sin = angles or (lse, lse)  # not read
-    strides = (0, 0) if real is None else (real.stride(0), real.stride(1) if real.shape[1] > 1 else 0)
-    band_kernel[(triton.cdiv(keys, blocks.queries - 2 * SPAN), batch * kv_heads)](
-        query, key, key if real is None else real, lse, cos.contiguous(), sin.contiguous(), out,
-        *query.stride()[:3], *key.stride()[:3], *strides, scaling * math.log2(math.e),
-        keys, kv_heads, heads // kv_heads,
-        SPAN=SPAN, NEAR=NEAR, STRIDE=STRIDE, HALF=0 if angles is None else cos.shape[-1],
-        SIZE=size, FIRST=first, REST=rest, QUERIES=blocks.queries, KEYS=power_of_two(blocks.queries + 2 * NEAR),
-        HAS_VALID=real is not None, **blocks.options(),
-    )  # fmt: skip
+    cos, sin = (t.contiguous() for t in angles) if angles else (lse, lse)  # the latter are not read
+    strides = None if real is None else (real.stride(0), real.stride(1) if real.shape[1] > 1 else 0)
+    half = cos.shape[-1] if angles else 0
+    shapes = query.shape, query.stride(), key.shape, key.stride(), key.itemsize
+    out = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
+    _second_pass(*shapes, strides, scaling, half, blocks)(query, key, key if real is None else real, lse, cos, sin, out)
     return out
+
+
+@lru_cache(maxsize=KNOWN)
+def _second_pass(
+    query: tuple[int, ...],
+    query_strides: tuple[int, ...],
+    key: tuple[int, ...],
+    key_strides: tuple[int, ...],
+    itemsize: int,
+    mask_strides: tuple[int, int] | None,
+    scaling: float,
+    half: int,
+    blocks: Blocks | None,
+) -> Launch:
+    """The launch of pass 2 for these shapes and strides; `half` pairs of channels are turned."""
+    batch, heads, keys, size = query
+    kv_heads = key[1]
+    blocks = blocks or choose(size, itemsize)
+    first, rest = parts(size)
+    return Launch(
+        band_kernel, (tiles(keys, blocks.queries - 2 * SPAN), batch * kv_heads),
+        *query_strides[:3], *key_strides[:3], *mask_strides or (0, 0), scaling * math.log2(math.e),
+        keys, kv_heads, heads // kv_heads,
+        SPAN=SPAN, NEAR=NEAR, STRIDE=STRIDE, HALF=half,
+        SIZE=size, FIRST=first, REST=rest, QUERIES=blocks.queries, KEYS=power_of_two(blocks.queries + 2 * NEAR),
+        HAS_VALID=mask_strides is not None, **blocks.options(),
+    )  # fmt: skip

@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramidkv.ops.kernels import dense
+from pyramidkv.ops.kernels import dense, tiles
+from pyramidkv.ops.launch import KNOWN, Launch
 
 _BLOCK = 1024
 
@@ -41,10 +44,15 @@ def bitmap_kernel(position, index, bitmap, spb, sph, spn, sib, sih, heads, slots
 
 def pack_positions(positions: Tensor, index: Tensor, tokens: int) -> Tensor:
     """As `naive.pack_positions`."""
-    rows, heads, slots = index.shape
     index = dense(index)
-    bitmap = torch.zeros(rows, heads, -(-tokens // 8), dtype=torch.uint8, device=index.device)
-    bitmap_kernel[(triton.cdiv(slots, _BLOCK), rows * heads)](
-        positions, index, bitmap, *positions.stride(), *index.stride()[:2], heads, slots, bitmap.shape[2], BLOCK=_BLOCK
-    )
+    bitmap = torch.zeros(*index.shape[:2], -(-tokens // 8), dtype=torch.uint8, device=index.device)
+    _launch(index.shape, positions.stride(), index.stride(), bitmap.shape[2])(positions, index, bitmap)
     return bitmap
+
+
+@lru_cache(maxsize=KNOWN)
+def _launch(shape: tuple[int, ...], positions: tuple[int, ...], index: tuple[int, ...], width: int) -> Launch:
+    """For this shape of an index, and strides of positions and index."""
+    rows, heads, slots = shape
+    grid = tiles(slots, _BLOCK), rows * heads
+    return Launch(bitmap_kernel, grid, *positions, *index[:2], heads, slots, width, BLOCK=_BLOCK)

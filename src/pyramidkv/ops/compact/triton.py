@@ -9,13 +9,15 @@ read as 64 + 16 channels, so that every thread moves 16 bytes at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pyramidkv.ops.compact.naive import Slots
-from pyramidkv.ops.kernels import dense, parts, power_of_two
+from pyramidkv.ops.kernels import dense, parts, power_of_two, tiles
+from pyramidkv.ops.launch import KNOWN, Launch
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,6 @@ def compact_kernel(
 
 def compact(sources: Slots, index: Tensor, targets: Slots, *, blocks: Blocks | None = None) -> None:
     """As `naive.compact`. Any strides do; channels that do not lie side by side cost a copy of the source."""
-    batch, heads, kept = index.shape
     if index.numel() == 0:
         return
     key, value, position = dense(sources[0]), dense(sources[1]), sources[2]
@@ -98,14 +99,28 @@ def compact(sources: Slots, index: Tensor, targets: Slots, *, blocks: Blocks | N
     keys, values, positions = targets
     if keys.stride(-1) != 1 or values.stride(-1) != 1:
         raise ValueError("targets: the channels of the buffers must lie side by side")
-    blocks = blocks or choose(max(t.shape[-1] * t.itemsize for t in (key, value)))
-    (first, rest), (v_first, v_rest) = (
-        parts(t.shape[-1]) if blocks.halves else (power_of_two(t.shape[-1]), 0) for t in (key, value)
-    )
-    compact_kernel[(triton.cdiv(kept, blocks.rows), batch * heads)](
-        key, value, position, index, keys, values, positions,
-        *key.stride()[:3], *value.stride()[:3], *position.stride(), *index.stride()[:2],
-        *keys.stride()[:3], *values.stride()[:3], *positions.stride(), heads, kept,
-        SIZE=key.shape[-1], FIRST=first, REST=rest, V_SIZE=value.shape[-1], V_FIRST=v_first, V_REST=v_rest,
+    moved = key, value, position, index, keys, values, positions
+    sizes = key.shape[-1], value.shape[-1]
+    bytes_a_slot = max(t.shape[-1] * t.itemsize for t in (key, value))
+    _launch(index.shape, sizes, tuple(t.stride() for t in moved), bytes_a_slot, blocks)(*moved)
+
+
+@lru_cache(maxsize=KNOWN)
+def _launch(
+    index: tuple[int, ...],
+    sizes: tuple[int, int],
+    strides: tuple[tuple[int, ...], ...],
+    bytes_a_slot: int,
+    blocks: Blocks | None,
+) -> Launch:
+    """For these head sizes of keys and values, and these strides of all tensors."""
+    batch, heads, kept = index
+    blocks = blocks or choose(bytes_a_slot)
+    (first, rest), (v_first, v_rest) = (parts(n) if blocks.halves else (power_of_two(n), 0) for n in sizes)
+    key, value, position, chosen, keys, values, positions = strides
+    return Launch(
+        compact_kernel, (tiles(kept, blocks.rows), batch * heads),
+        *key[:3], *value[:3], *position, *chosen[:2], *keys[:3], *values[:3], *positions, heads, kept,
+        SIZE=sizes[0], FIRST=first, REST=rest, V_SIZE=sizes[1], V_FIRST=v_first, V_REST=v_rest,
         ROWS=blocks.rows, num_warps=blocks.warps,
     )  # fmt: skip

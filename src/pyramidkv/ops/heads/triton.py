@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from pyramidkv.ops.heads.naive import row_facts
 from pyramidkv.ops.kernels import dense, power_of_two
+from pyramidkv.ops.launch import KNOWN, Launch
 from pyramidkv.ops.select.triton import _ALWAYS, _NEVER, _keys, _newest
 from pyramidkv.ops.valid import by_head
 
@@ -145,9 +147,8 @@ def head_limits(
     blocks: Blocks | None = None,
 ) -> Tensor:
     """As `naive.head_limits`."""
-    rows, heads, slots = scores.shape
+    rows, heads, _ = scores.shape
     scores = dense(scores)
-    blocks = blocks or choose(slots)
     each, alike = scores, (0, 0, 0)  # the former is not read
     facts = row_facts(heads, shares, available, recent)
     if len(set(facts)) == 1:
@@ -156,20 +157,39 @@ def head_limits(
         # Not pinned: so small a copy is taken along at once, and new pinned memory would have to wait for the device.
         each = torch.tensor(facts, dtype=torch.int32).to(scores.device, non_blocking=True)
     mask = None if valid is None else by_head(valid).contiguous().expand(scores.shape).view(torch.uint8)
-    coarse, fine = torch.empty(2, rows, heads, _DIGITS.value, dtype=torch.int32, device=scores.device)
-    held = torch.empty(rows, heads, dtype=torch.int32, device=scores.device)
-    limits = torch.empty_like(held)
-    some = min(32, power_of_two(heads))  # heads whose counts are read at once
-    for counts, is_fine in ((coarse, False), (fine, True)):
-        count_kernel[(rows * heads,)](
-            scores, scores if mask is None else mask, each, coarse, counts, held,
-            *scores.stride()[:2], *(0, 0) if mask is None else mask.stride()[:2], heads, slots,
-            max(slots - recent, 0) if mask is None else recent, *alike,
-            BLOCK=blocks.slots, HEADS=some, TAIL=1024, FINE=is_fine,
-            HAS_VALID=mask is not None, EACH=each is not scores, num_warps=blocks.warps,
-        )  # fmt: skip
-    share_kernel[(rows,)](
-        coarse, fine, held, each, limits, heads, recent, *alike,
-        HEADS=power_of_two(heads), BLOCK=some, EACH=each is not scores, num_warps=8,
-    )  # fmt: skip
+    strides = tuple((0, 0) if t is None else t.stride()[:2] for t in (scores, mask))
+    known = tuple(scores.shape), strides, recent, alike, mask is None, each is scores, blocks
+    first, second, last = _launches(*known)
+    coarse, fine = (torch.empty(rows, heads, _DIGITS.value, dtype=torch.int32, device=scores.device) for _ in range(2))
+    held, limits = (torch.empty(rows, heads, dtype=torch.int32, device=scores.device) for _ in range(2))
+    for count, counts in ((first, coarse), (second, fine)):
+        count(scores, scores if mask is None else mask, each, coarse, counts, held)
+    last(coarse, fine, held, each, limits)
     return limits
+
+
+@lru_cache(maxsize=KNOWN)
+def _launches(
+    shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...],
+    recent: int,
+    facts: tuple[int, int, int],
+    all_valid: bool,
+    alike: bool,
+    blocks: Blocks | None,
+) -> tuple[Launch, Launch, Launch]:
+    """The two launches that count and the one that hands out, for these shapes and strides of scores and mask."""
+    rows, heads, slots = shape
+    blocks = blocks or choose(slots)
+    some = min(32, power_of_two(heads))  # heads whose counts are read at once
+    numbers = *(n for pair in strides for n in pair), heads, slots, max(slots - recent, 0) if all_valid else recent
+    constants = {"BLOCK": blocks.slots, "HEADS": some, "TAIL": 1024, "HAS_VALID": not all_valid, "EACH": not alike}
+    coarse, fine = (
+        Launch(count_kernel, (rows * heads,), *numbers, *facts, **constants, FINE=is_fine, num_warps=blocks.warps)
+        for is_fine in (False, True)
+    )
+    share = Launch(
+        share_kernel, (rows,), heads, recent, *facts,
+        HEADS=power_of_two(heads), BLOCK=some, EACH=not alike, num_warps=8,
+    )  # fmt: skip
+    return coarse, fine, share

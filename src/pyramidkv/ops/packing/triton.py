@@ -10,6 +10,7 @@ holds whole: nothing is exchanged byte by byte. One warp needs no barriers, so a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyramidkv.ops.kernels import dense, parts, power_of_two
+from pyramidkv.ops.launch import KNOWN, Launch
 from pyramidkv.ops.quantize import PAGE, Codes, value_group
 from pyramidkv.ops.select.naive import spread
 
@@ -223,25 +225,48 @@ def pack(
     even: bool,
 ) -> tuple[Codes, Codes, Tensor]:
     """As `naive.pack`, for groups of channels (`value_group`) that are a multiple of 4, and at least one page."""
-    rows, heads, width = index.shape
+    rows, heads, _ = index.shape
     key, value, index = dense(key), dense(value), dense(index)
     sizes = key.shape[-1], value.shape[-1]
-    group, v_group = map(value_group, sizes)
-    (first, rest), (v_first, v_rest) = parts(group), parts(v_group)
+    v_group = value_group(sizes[1])
     keys = _empty(key, (rows, pages), bits, (8 * bits, sizes[0]), sizes[:1])
     values = _empty(value, (rows, pages), bits, (sizes[1], 8 * bits), (PAGE, sizes[1] // v_group))
     layout = torch.empty(3, rows, heads, dtype=torch.int32, device=key.device)
     limit, each = spread(limits, heads, key.device)
-    pack_kernel[(pages * (sizes[0] // group + sizes[1] // v_group), rows)](
-        key, value, index, layout if each is None else each, layout, *_arguments(keys), *_arguments(values),
-        *key.stride()[:3], *value.stride()[:3], *index.stride()[:2], *(0, 0) if each is None else each.stride(),
+    strides = key.stride(), value.stride(), index.stride(), None if each is None else each.stride()
+    launch = _launch(index.shape, sizes, strides, limit, recent, pages, bits, even, key.itemsize)
+    pointers = *_arguments(keys), *_arguments(values)
+    launch(key, value, index, layout if each is None else each, layout, *pointers)
+    return keys, values, layout
+
+
+@lru_cache(maxsize=KNOWN)
+def _launch(
+    shape: tuple[int, ...],
+    sizes: tuple[int, int],
+    strides: tuple[tuple[int, ...] | None, ...],
+    limit: int,
+    recent: int,
+    pages: int,
+    bits: int,
+    even: bool,
+    itemsize: int,
+) -> Launch:
+    """For this shape of an index, these head sizes, and these strides of keys, values, index and limits."""
+    rows, heads, width = shape
+    group, v_group = map(value_group, sizes)
+    (first, rest), (v_first, v_rest) = parts(group), parts(v_group)
+    key, value, index, each = strides
+    assert key is not None and value is not None and index is not None
+    return Launch(
+        pack_kernel, (pages * (sizes[0] // group + sizes[1] // v_group), rows),
+        *key[:3], *value[:3], *index[:2], *each or (0, 0),
         limit, recent, heads, width, pages,
         HEADS=power_of_two(heads), SIZE=sizes[0], GROUP=group, FIRST=first, REST=rest, BITS=bits,
         V_SIZE=sizes[1], V_GROUP=v_group, V_FIRST=v_first, V_REST=v_rest,
         PIECE=max(16, v_group & -v_group), EVEN=even, EACH=each is not None,
-        num_warps=warps(max(group, v_group), key.itemsize), maxnreg=REGISTERS,
+        num_warps=warps(max(group, v_group), itemsize), maxnreg=REGISTERS,
     )  # fmt: skip
-    return keys, values, layout
 
 
 def _empty(like: Tensor, pages: tuple[int, int], bits: int, codes: tuple[int, int], scales: tuple[int, ...]) -> Codes:

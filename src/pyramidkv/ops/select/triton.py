@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyramidkv.ops.kernels import dense, power_of_two
+from pyramidkv.ops.launch import KNOWN, Launch
 from pyramidkv.ops.select.naive import spread
 from pyramidkv.ops.valid import by_head
 
@@ -187,16 +189,33 @@ def select(
     if out.numel() == 0:
         return out
     scores = dense(scores)
-    blocks = blocks or choose(slots)
     limit, each = spread(limits, heads, scores.device)
     mask = None if valid is None else by_head(valid).contiguous().expand(scores.shape).view(torch.uint8)
-    select_kernel[(batch * heads,)](
-        scores, scores if mask is None else mask, scores if each is None else each, out,
-        *scores.stride()[:2], *(0, 0) if mask is None else mask.stride()[:2],
-        *(0, 0) if each is None else each.stride(), heads, slots,
-        limit, width, max(slots - recent, 0) if mask is None else recent,
+    strides = tuple((0, 0) if t is None else t.stride()[:2] for t in (scores, mask, each))
+    launch = _launch(tuple(scores.shape), strides, limit, width, recent, finite, mask is None, each is None, blocks)
+    launch(scores, scores if mask is None else mask, scores if each is None else each, out)
+    return out
+
+
+@lru_cache(maxsize=KNOWN)
+def _launch(
+    shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...],
+    limit: int,
+    width: int,
+    recent: int,
+    finite: bool,
+    all_valid: bool,
+    alike: bool,
+    blocks: Blocks | None,
+) -> Launch:
+    """For these shapes and strides of scores, mask and limits."""
+    batch, heads, slots = shape
+    blocks = blocks or choose(slots)
+    return Launch(
+        select_kernel, (batch * heads,), *(n for pair in strides for n in pair), heads, slots,
+        limit, width, max(slots - recent, 0) if all_valid else recent,
         BLOCK=blocks.block, STEP=min(blocks.block, blocks.step), TAIL=min(blocks.block, 1024),
-        WHOLE=blocks.block >= slots, HAS_VALID=mask is not None, FINITE=finite, EACH=each is not None,
+        WHOLE=blocks.block >= slots, HAS_VALID=not all_valid, FINITE=finite, EACH=not alike,
         num_warps=blocks.warps,
     )  # fmt: skip
-    return out

@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramidkv.ops.kernels import dense, power_of_two
+from pyramidkv.ops.kernels import dense, power_of_two, tiles
+from pyramidkv.ops.launch import KNOWN, Launch
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,18 @@ def turn_kernel(
 def turn(vectors: Tensor, cos: Tensor, sin: Tensor, blocks: Blocks | None = None) -> Tensor:
     """As `naive.turn`. Any strides do, as long as the channels lie side by side."""
     vectors, cos, sin = dense(vectors), cos.contiguous(), sin.contiguous()
-    blocks = blocks or Blocks()
-    batch, heads, count, size = vectors.shape
-    half = cos.shape[-1]
     out = torch.empty(vectors.shape, dtype=vectors.dtype, device=vectors.device)
     if out.numel():
-        turn_kernel[(triton.cdiv(count, blocks.rows), batch * heads)](
-            vectors, cos, sin, out, *vectors.stride()[:3], heads, count,
-            SIZE=size, HALF=half, LANES=power_of_two(half), ROWS=blocks.rows,
-            REST=power_of_two(size - 2 * half) if size > 2 * half else 0,
-            num_warps=blocks.warps, enable_fp_fusion=False,  # fused, a product would not be rounded
-        )  # fmt: skip
+        _launch(vectors.shape, vectors.stride(), cos.shape[-1], blocks or Blocks())(vectors, cos, sin, out)
     return out
+
+
+@lru_cache(maxsize=KNOWN)
+def _launch(shape: tuple[int, ...], strides: tuple[int, ...], half: int, blocks: Blocks) -> Launch:
+    batch, heads, count, size = shape
+    return Launch(
+        turn_kernel, (tiles(count, blocks.rows), batch * heads), *strides[:3], heads, count,
+        SIZE=size, HALF=half, LANES=power_of_two(half), ROWS=blocks.rows,
+        REST=power_of_two(size - 2 * half) if size > 2 * half else 0,
+        num_warps=blocks.warps, enable_fp_fusion=False,  # fused, a product would not be rounded
+    )  # fmt: skip

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramidkv.ops.kernels import dense, parts, power_of_two
+from pyramidkv.ops.kernels import dense, parts, power_of_two, processors, tiles
+from pyramidkv.ops.launch import KNOWN, Launch
 from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores.naive import askers, terms
 
@@ -329,32 +331,58 @@ def log_sum_exp(
 
     `masks`, uint8: which keys are real, (B, 1 or Hkv, K), and which queries count, (B, W).
     """
-    batch, heads, window, size = query.shape
-    kv_heads, keys = key.shape[1], key.shape[2]
+    shapes = query.shape, query.stride(), key.shape, key.stride(), key.itemsize
+    splits, passing, join = _first_pass(*shapes, _strides(masks), scaling, behind, blocks, processors(key.device))
+    batch, heads, window, _ = query.shape
+    part = torch.empty(*splits, batch, heads, window, dtype=torch.float32, device=key.device)
+    passing(query, key, *((key, key) if masks is None else masks), part)
+    if join is None:
+        return part
+    lse = torch.empty(batch, heads, window, dtype=torch.float32, device=key.device)
+    join(part, lse)
+    return lse
+
+
+@lru_cache(maxsize=KNOWN)
+def _first_pass(
+    query: tuple[int, ...],
+    query_strides: tuple[int, ...],
+    key: tuple[int, ...],
+    key_strides: tuple[int, ...],
+    itemsize: int,
+    mask_strides: tuple[int, int] | None,
+    scaling: float,
+    behind: bool,
+    blocks: Blocks | None,
+    processors: int,
+) -> tuple[tuple[int, ...], Launch, Launch | None]:
+    """The launch of pass 1 for these shapes and strides; with splits, their number and the launch that joins them."""
+    batch, heads, window, size = query
+    kv_heads, keys = key[1], key[2]
     groups = heads // kv_heads
-    blocks = blocks or lse_blocks(groups * window, size, key.itemsize)
+    blocks = blocks or lse_blocks(groups * window, size, itemsize)
     pack = window < blocks.rows
-    tiles = triton.cdiv(groups * window, blocks.rows) if pack else groups * triton.cdiv(window, blocks.rows)
+    row_tiles = tiles(groups * window, blocks.rows) if pack else groups * tiles(window, blocks.rows)
     # Enough programs for two on each multiprocessor, but at least four blocks of keys a program.
-    splits = max(1, min(2 * _processors(key.device) // (tiles * batch * kv_heads), keys // (4 * blocks.keys), 64))
-    span = triton.cdiv(triton.cdiv(keys, splits), blocks.keys) * blocks.keys
-    splits = triton.cdiv(keys, span)
-    part = torch.empty(splits, batch, heads, window, dtype=torch.float32, device=key.device)
+    splits = max(1, min(2 * processors // (row_tiles * batch * kv_heads), keys // (4 * blocks.keys), 64))
+    span = tiles(tiles(keys, splits), blocks.keys) * blocks.keys
+    splits = tiles(keys, span)
     first, rest = parts(size)
-    lse_kernel[(tiles, splits, batch * kv_heads)](
-        query, key, key if masks is None else masks[0], key if masks is None else masks[1], part,
-        *query.stride()[:3], *key.stride()[:3], *_strides(masks), window, scaling * math.log2(math.e),
+    launch = Launch(
+        lse_kernel, (row_tiles, splits, batch * kv_heads),
+        *query_strides[:3], *key_strides[:3], *mask_strides or (0, 0),
+        window if mask_strides else 0, scaling * math.log2(math.e),
         window, keys, keys if behind else keys - window, kv_heads, groups, span,
         SIZE=size, FIRST=first, REST=rest, ROWS=blocks.rows, KEYS=blocks.keys,
-        PACK=pack, HAS_VALID=masks is not None, **blocks.options(),
+        PACK=pack, HAS_VALID=mask_strides is not None, **blocks.options(),
     )  # fmt: skip
     if splits == 1:
-        return part[0]
-    lse = torch.empty_like(part[0])
-    join_kernel[(triton.cdiv(lse.numel(), 128),)](
-        part, lse, lse.numel(), splits, SPLITS=power_of_two(splits), ROWS=128, num_warps=4
-    )
-    return lse
+        return (), launch, None
+    rows = batch * heads * window
+    join = Launch(
+        join_kernel, (tiles(rows, 128),), rows, splits, SPLITS=power_of_two(splits), ROWS=128, num_warps=4
+    )  # fmt: skip
+    return (splits,), launch, join
 
 
 def probability_sums(
@@ -369,31 +397,45 @@ def probability_sums(
     blocks: Blocks | None = None,
 ) -> Tensor:
     """Pass 2: the power means, (B, Hkv, K) float32; with `masks` the bare sums of powers."""
-    batch, heads, window, size = query.shape
-    kv_heads, keys = key.shape[1], key.shape[2]
-    groups = heads // kv_heads
-    blocks = blocks or sum_blocks(groups * window, size, key.itemsize)
-    out = torch.empty(batch, kv_heads, keys, dtype=torch.float32, device=key.device)
-    first, rest = parts(size)
-    sum_kernel[(triton.cdiv(keys, blocks.keys), batch * kv_heads)](
-        query, key, key if masks is None else masks[0], lse, out,
-        *query.stride()[:3], *key.stride()[:3], *_strides(masks), scaling * math.log2(math.e),
-        window, keys, keys if behind else keys - window, kv_heads, groups,
-        POWER=power, PER_VISIBLE=per_visible,
-        SIZE=size, FIRST=first, REST=rest, ROWS=blocks.rows, KEYS=blocks.keys,
-        PACK=window < blocks.rows, HAS_VALID=masks is not None, **blocks.options(),
-    )  # fmt: skip
+    shapes = query.shape, query.stride(), key.shape, key.stride(), key.itemsize
+    passing = _second_pass(*shapes, _strides(masks), scaling, power, per_visible, behind, blocks)
+    out = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
+    passing(query, key, key if masks is None else masks[0], lse, out)
     return out
 
 
-def _strides(masks: tuple[Tensor, Tensor] | None) -> tuple[int, int]:
+@lru_cache(maxsize=KNOWN)
+def _second_pass(
+    query: tuple[int, ...],
+    query_strides: tuple[int, ...],
+    key: tuple[int, ...],
+    key_strides: tuple[int, ...],
+    itemsize: int,
+    mask_strides: tuple[int, int] | None,
+    scaling: float,
+    power: int,
+    per_visible: bool,
+    behind: bool,
+    blocks: Blocks | None,
+) -> Launch:
+    """The launch of pass 2 for these shapes and strides."""
+    batch, heads, window, size = query
+    kv_heads, keys = key[1], key[2]
+    groups = heads // kv_heads
+    blocks = blocks or sum_blocks(groups * window, size, itemsize)
+    first, rest = parts(size)
+    return Launch(
+        sum_kernel, (tiles(keys, blocks.keys), batch * kv_heads),
+        *query_strides[:3], *key_strides[:3], *mask_strides or (0, 0), scaling * math.log2(math.e),
+        window, keys, keys if behind else keys - window, kv_heads, groups,
+        POWER=power, PER_VISIBLE=per_visible,
+        SIZE=size, FIRST=first, REST=rest, ROWS=blocks.rows, KEYS=blocks.keys,
+        PACK=window < blocks.rows, HAS_VALID=mask_strides is not None, **blocks.options(),
+    )  # fmt: skip
+
+
+def _strides(masks: tuple[Tensor, Tensor] | None) -> tuple[int, int] | None:
     """From row to row and from head to head of the first mask, (B, 1 or Hkv, K)."""
     if masks is None:
-        return 0, 0
+        return None
     return masks[0].stride(0), masks[0].stride(1) if masks[0].shape[1] > 1 else 0
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":  # the interpreter
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
