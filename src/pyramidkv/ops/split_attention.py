@@ -30,6 +30,8 @@ Kernel = Callable[[Tensor, Tensor, Tensor, float, bool], Part]
 
 def why_not(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> str | None:
     """Why a call is not split; None if it can and should be."""
+    if reason := shape_why_not(query, key, value, dropout):
+        return reason
     if not query.is_cuda or torch.version.hip is not None:
         return "it is for CUDA"
     if not torch.backends.cuda.cudnn_sdp_enabled():  # type: ignore[no-untyped-call]
@@ -38,7 +40,14 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> str | 
         return "cuDNN attention is not what torch prefers on this GPU"
     if (torch.backends.cudnn.version() or 0) <= 91500:  # type: ignore[no-untyped-call]
         return "torch does not trust cuDNN attention before cuDNN 9.15.1"
-    return shape_why_not(query, key, value, dropout)
+    past = key.shape[2] - query.shape[2]
+    grouped = query.shape[1] != key.shape[1]
+    params = torch.backends.cuda.SDPAParams(query, key[:, :, past:], value[:, :, past:], None, 0.0, True, grouped)
+    if not torch.backends.cuda.can_use_cudnn_attention(params):
+        return (
+            "torch says that cuDNN attention can't be used: torch.backends.cuda.can_use_cudnn_attention has the reason"
+        )
+    return None
 
 
 def wants_tokens(new: Tensor) -> bool:
@@ -47,7 +56,7 @@ def wants_tokens(new: Tensor) -> bool:
 
 
 def shape_why_not(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> str | None:
-    """Of that, what depends on the tensors alone, wherever they are."""
+    """Of that, what depends on shapes, strides and dtypes alone."""
     queries, size = query.shape[2], query.shape[-1]
     if queries < LEAST or queries % STEP or queries >= key.shape[2]:
         return f"{queries} queries of {key.shape[2]} tokens are not a multiple of {STEP} from {LEAST} on, over a past"
