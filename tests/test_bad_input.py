@@ -33,7 +33,7 @@ def under(name=LLAMA, **options):
         ({"budget": -1}, "budget=-1: must be a whole number, at least 1"),
         ({"method": "pyramid", "budget": 64}, "method='pyramid': unknown; did you mean 'pyramidkv'"),
         ({"widnow": 3, "budget": 64}, "widnow=3: unknown; did you mean 'window'"),
-        ({}, "exactly one of budget, keep, share, bytes"),
+        ({}, "exactly one of budget=, keep=, share=, bytes="),
     ],
     ids=str,
 )

@@ -119,7 +119,7 @@ def test_an_interrupted_run_keeps_what_is_done_and_goes_on(folder, tmp_path, mon
 
 def test_resume_refuses_other_settings_and_half_written_files(folder, tmp_path):
     bench.run(settings(folder, metrics=("speed",)), tmp_path)
-    with pytest.raises(ConfigError, match=r"resume: .* was made with prompt=50, this run has 51"):
+    with pytest.raises(ConfigError, match=r"resume=True: .* was made with prompt=50, this run has 51"):
         bench.run(settings(folder, metrics=("speed",), prompt=51), tmp_path, resume=True)
     path = tmp_path / schema.RESULTS
     path.write_text(path.read_text()[:-40])
@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(folder, tmp_path):
         ({"prompt": 8}, "prompt=8: must be longer than the 9 tokens that method='pyramidkv' always keeps"),
         ({"recall_context": (5,)}, "recall_context=5: must be longer"),
         ({"context": 4}, "context=4: must be longer"),
-        ({"configs": (CompressionConfig(method="full"),)}, "method: give at least one that compresses"),
+        ({"configs": (CompressionConfig(method="full"),)}, "method='full': give one that compresses"),
         ({"configs": (CompressionConfig(budget=60, window=8),)}, "budget=60: must be below context=60"),
         ({"configs": (CompressionConfig(keep=0.5, window=70, recent=8),)}, "window=70: must be at most context=60"),
     ],

@@ -110,8 +110,9 @@ def test_calibration_says_what_it_needs():
         pyramidkv.calibrate(plain, [], share=0.5)
     with pytest.raises(ConfigError, match=r"shape \(2, 640\)"):
         pyramidkv.calibrate(plain, [ids.repeat(2, 1)], share=0.5)
-    with pytest.raises(ConfigError, match="640 tokens is kept whole"):
+    with pytest.raises(ConfigError, match="prompts=: one has 640 tokens, and all are kept"):
         pyramidkv.calibrate(plain, [ids], budget=4096)
-    with pytest.raises(UnsupportedError, match="no scores"):
-        pyramidkv.calibrate(plain, [ids], method="full")
+    for method in ({"method": "full"}, {"method": "streamingllm", "keep": 0.5}):
+        with pytest.raises(UnsupportedError, match="no scores of attention"):
+            pyramidkv.calibrate(plain, [ids], **method)
     assert plain.config._attn_implementation != "pyramidkv"

@@ -16,6 +16,7 @@ from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError, UnsupportedError
 from pyramidkv.layer import PyramidKVLayer
+from pyramidkv.methods import METHODS
 from pyramidkv.ops.heads import head_limits
 from pyramidkv.scorers import Observation, Scorer
 
@@ -63,6 +64,7 @@ def calibrate(
         config = CompressionConfig.make(**{"method": "auto", **options})
     elif options:
         raise ConfigError(f"{next(iter(options))}: give either config= or keyword options, not both")
+    check_method(config)
     if not prompts:
         raise ConfigError("prompts is empty: give at least one, as token ids of shape (1, tokens)")
     before = model.config._attn_implementation
@@ -77,6 +79,15 @@ def calibrate(
     return tuple(round(part, 3) for part in (mean / mean.mean()).tolist())
 
 
+def check_method(config: CompressionConfig) -> None:
+    """Raise `UnsupportedError` for a method whose scores are no attention: those of two layers can't be compared."""
+    scorer = METHODS[config.method].scorer
+    if scorer is None or not getattr(scorer, "observes", True):
+        raise UnsupportedError(
+            f"method={config.method!r}: has no scores of attention to spread a budget by; use 'auto' or 'echo'"
+        )
+
+
 def _parts(model: Any, ids: Tensor, config: CompressionConfig) -> Tensor:
     """(layers,) float64: mean slots a head of each compressed layer, under one budget over all of them."""
     if ids.ndim != 2 or ids.shape[0] != 1:
@@ -85,8 +96,7 @@ def _parts(model: Any, ids: Tensor, config: CompressionConfig) -> Tensor:
     layers = [layer for layer in cache.layers if isinstance(layer, PyramidKVLayer)]
     noting = []
     for layer in layers:
-        if layer.scorer is None:
-            raise UnsupportedError(f"method={config.method!r}: has no scores to spread a budget by")
+        assert layer.scorer is not None
         layer.scorer = _Noting(layer.scorer)
         noting.append(layer.scorer)
     with torch.no_grad():
@@ -94,7 +104,7 @@ def _parts(model: Any, ids: Tensor, config: CompressionConfig) -> Tensor:
     scores = [scorer.said for scorer in noting if scorer.said is not None]
     tokens = ids.shape[1]
     if len(scores) < len(layers):
-        raise ConfigError(f"prompts: one of {tokens} tokens is kept whole; give longer ones, or a smaller amount")
+        raise ConfigError(f"prompts=: one has {tokens} tokens, and all are kept; give longer ones, or a smaller amount")
     heads = [said.shape[1] for said in scores]
     if heads != [cache.plan.shape.layers[layer.layer].kv_heads for layer in layers]:
         raise UnsupportedError(

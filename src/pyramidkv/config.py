@@ -93,7 +93,8 @@ class CompressionConfig:
                     f"{given[0]}={amounts[given[0]]!r}: method='full' keeps everything and takes no amount"
                 )
         elif len(given) != 1:
-            raise ConfigError(f"give exactly one of {', '.join(AMOUNTS)}; got {', '.join(given) or 'none'}")
+            every, got = (", ".join(f"{name}=" for name in some) for some in (AMOUNTS, given))
+            raise ConfigError(f"give exactly one of {every}; got {got or 'none'}")
         for name, least in (("window", 1), ("recent", 0), ("kernel", 1), ("sinks", 0), ("seed", 0), ("room", 1)):
             _integer(name, getattr(self, name), least)
         if self.bits not in BITS or isinstance(self.bits, bool):
@@ -130,8 +131,8 @@ class CompressionConfig:
             if self.budget < self.floor:
                 raise ConfigError(
                     f"budget={self.budget}: must be at least {self.floor} tokens per layer "
-                    f"(recent={self.recent} are always kept, and {self.floor - self.recent} more); lower recent or "
-                    "window to go below"
+                    f"(recent={self.recent} are always kept, and {self.floor - self.recent} more); lower recent= or "
+                    "window= to go below"
                 )
 
     @classmethod

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pyramidkv.cli import output
+from pyramidkv.cli import naming, output
 from pyramidkv.errors import CompressionWarning, PyramidKVError
 
 _COMMANDS = ("bench", "recall", "calibrate", "plan", "generate", "report", "doctor")
@@ -75,12 +75,14 @@ def _options(
 
 
 def _with_torch(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, with all of the package imported before it runs and nothing of it before."""
+    """The command, with all of the package imported before it runs and nothing of it before; errors as it was typed."""
+    names = naming.typed_names(command)
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
         import_module("pyramidkv.public")
-        command(*arguments, **options)
+        with naming.typed(names):
+            command(*arguments, **options)
 
     return run
 

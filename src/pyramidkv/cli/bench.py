@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyramidkv.cli.naming import as_typed, called
 from pyramidkv.cli.options import Device, Dtype, Force, Json, Model, compression_options, config_from
 from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, out, show_table
 
@@ -100,9 +101,12 @@ def bench(
     """
     import pyramidkv.report
     from pyramidkv.config import parse_bytes
+    from pyramidkv.errors import ConfigError
     from pyramidkv.evaluate.bench import DEFAULT_METRICS, Settings, run
     from pyramidkv.evaluate.ranks import from_environment
 
+    if resume and folder is None:
+        raise ConfigError("--resume: give the folder to go on in, with --out DIR")
     config = config_from(options)
     settings = Settings(
         configs=(config,),
@@ -133,6 +137,7 @@ def bench(
     with (
         keeping(lambda: f"finished measurements are in {where}; go on with: --out {where} --resume"),
         progress(shown=first) as show,
+        called(tokens="recall_context"),
     ):
         results = run(settings, where, resume=resume, force=force, progress=show)
     if not first:
@@ -169,7 +174,7 @@ def _that_fit(settings: Settings, others: list[CompressionConfig], *, shown: boo
             replace(settings, configs=(*settings.configs, other)).check()
         except ConfigError as error:
             if shown:
-                err.print(f"not measured beside it: {other.method} ({error})", markup=False, soft_wrap=True)
+                err.print(as_typed(f"not measured beside it: {other.method} ({error})"), markup=False, soft_wrap=True)
         else:
             yield other
 
@@ -180,15 +185,21 @@ def progress(*, shown: bool = True) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=False, disable=not shown) as bars:
-        jobs: dict[str, Any] = {}
+    bars = Progress(*columns, console=err, transient=False, disable=not shown)
+    jobs: dict[str, Any] = {}
 
-        def show(job: str, done: int, total: int) -> None:
-            if job not in jobs:
-                jobs[job] = bars.add_task(job, total=total)
-            bars.update(jobs[job], completed=done)
+    def show(job: str, done: int, total: int) -> None:
+        if not jobs:
+            bars.start()  # not before: without a bar it would leave an empty line
+        if job not in jobs:
+            jobs[job] = bars.add_task(job, total=total)
+        bars.update(jobs[job], completed=done)
 
+    try:
         yield show
+    finally:
+        if jobs:
+            bars.stop()
 
 
 def show_report(results: Sequence[Path], folder: Path, *, overwrite: bool, as_json: bool) -> None:

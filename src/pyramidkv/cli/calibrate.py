@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyramidkv.cli.naming import called
 from pyramidkv.cli.options import Device, Dtype, Json, Model, compression_options
 from pyramidkv.cli.output import calm_libraries, json_out, note
+
+if TYPE_CHECKING:
+    from pyramidkv.evaluate.texts import Corpus
 
 
 @compression_options("keep", "budget", "share", "bytes", "window", "recent", "kernel", "heads", "bits")
@@ -40,35 +44,42 @@ def calibrate(
     import torch
 
     import pyramidkv
+    from pyramidkv.calibration import check_method
     from pyramidkv.cli.options import config_from
     from pyramidkv.errors import DataError
+    from pyramidkv.evaluate import texts
+    from pyramidkv.evaluate.lengths import check_length
     from pyramidkv.evaluate.perplexity import stored
     from pyramidkv.models.source import load_model
 
     config = config_from(options, method=method)
+    check_method(config)
+    check_length("context", context, [config])
+    corpora = [texts.parse_text(argument) for argument in text or ()]
     calm_libraries()
     loaded = load_model(model, device=device, dtype=dtype)
     if loaded.tokenizer is None:
         raise DataError(f"model={model!r}: has no tokenizer; give token ids to pyramidkv.calibrate")
-    ids = _prompts(loaded.tokenizer, text or [], context, prompts)
+    with called(tokens="context"):
+        ids = _prompts(loaded.tokenizer, corpora, context, prompts)
     note(f"{loaded.name}: {len(ids)} prompts of up to {context} tokens, {config.method} {config.describe()}")
     tensors = [torch.tensor([prompt]) for prompt in ids]
-    weights = pyramidkv.calibrate(loaded.model, tensors, stored(config, loaded.model))
+    with called(prompts="context"):
+        weights = pyramidkv.calibrate(loaded.model, tensors, stored(config, loaded.model))
     if as_json:
         json_out({"model": loaded.name, "setting": config.describe(), "layers": list(weights)})
     else:
         typer.echo(",".join(f"{weight:g}" for weight in weights))
 
 
-def _prompts(tokenizer: Any, text: list[str], tokens: int, count: int) -> list[list[int]]:
+def _prompts(tokenizer: Any, corpora: list[Corpus], tokens: int, count: int) -> list[list[int]]:
     from pyramidkv.evaluate import tasks, texts
 
     def ids(words: str) -> list[int]:
         found: list[int] = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
         return found
 
-    if text:
-        corpora = [texts.parse_text(argument) for argument in text]
+    if corpora:
         return [piece for corpus in corpora for piece in texts.chunks(corpus, tokenizer, tokens=tokens, count=count)]
     examples = tasks.make_examples(
         "kv", n=count, tokens=tokens, count_tokens=lambda t: len(ids(t)), seed=tasks.TRAINING_SEEDS_FROM

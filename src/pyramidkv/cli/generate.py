@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from pyramidkv.cli.naming import called
 from pyramidkv.cli.options import Device, Dtype, Force, Json, Model, compression_options, config_from
 from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, note, warn_beyond_positions
 from pyramidkv.config import CompressionConfig
@@ -80,12 +81,13 @@ def generate(
         raise ConfigError(f"model={model!r}: has no tokenizer, so it can't read or write text; use {DEFAULT_MODEL!r}")
     past = None
     if load_cache is not None:
-        past = PyramidKVCache.load(load_cache, loaded.model.config, device=loaded.model.device)
+        with called(path="load_cache"):
+            past = PyramidKVCache.load(load_cache, loaded.model.config, device=loaded.model.device)
         config = past.config
     # Behind a saved prompt there is no second beginning of the text.
     ids = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=past is None).input_ids.to(loaded.model.device)
     if ids.shape[1] == 0:
-        raise ConfigError("prompt: has no tokens in it")
+        raise ConfigError(f"{'PROMPT' if file is None else '--file'}: has no tokens in it")
     if past is not None and not quiet:
         note(f"{load_cache}: {past.get_seq_length():,} tokens seen, {config.method} {config.describe()}")
     if not quiet:
@@ -102,7 +104,8 @@ def generate(
         usage = session.report()
         if save_cache is not None:
             session.cache.crop(seen - session.cache.get_seq_length())
-            session.cache.save(save_cache, overwrite=force)
+            with called(path="save_cache"):
+                session.cache.save(save_cache, overwrite=force)
     if not as_json:
         typer.echo()
     full = None
@@ -130,7 +133,7 @@ def _check_cache_files(
     if not load.is_file():
         raise DataError(f"load_cache={str(load)!r}: no such file")
     if compare:
-        raise ConfigError("compare: the full cache of a saved prompt is not there to compare with; leave out --compare")
+        raise ConfigError("--compare: the full cache of a saved prompt is not there to compare with; leave it out")
     fields = {field.name: field.default for field in dataclasses.fields(CompressionConfig)}
     for name, value in options.items():
         if value != fields[name]:
@@ -151,7 +154,7 @@ def _warm_up(loaded: LoadedModel, ids: Tensor, config: CompressionConfig) -> Non
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
-        raise ConfigError("prompt: give one of a text, - for stdin, or --file FILE")
+        raise ConfigError("PROMPT: give one of a text, - for stdin, or --file FILE")
     if file is not None:
         try:
             return file.read_text(encoding="utf-8")

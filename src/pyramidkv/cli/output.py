@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from pyramidkv.cli.naming import as_typed
+
 if TYPE_CHECKING:
     from pyramidkv.report.table import Table
 
@@ -69,7 +71,7 @@ def error(text: str) -> None:
 
 
 def _labelled(label: str, colour: str, text: str) -> None:
-    line = " ".join(text.split())
+    line = " ".join(as_typed(text).split())
     err.print(Text.assemble((f"{label}:", f"bold {colour}"), (f" {line}", colour)), soft_wrap=True)
 
 

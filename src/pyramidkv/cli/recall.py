@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pyramidkv.cli.bench import progress
+from pyramidkv.cli.naming import called
 from pyramidkv.cli.options import Device, Dtype, Json, Model, compression_options
 from pyramidkv.cli.output import calm_libraries, json_out, keeping, out
 
@@ -61,12 +62,17 @@ def recall(
         pyramidkv recall --method auto --share 0.125
     """
     from pyramidkv.config import CompressionConfig
+    from pyramidkv.errors import ConfigError
     from pyramidkv.evaluate.bench import Settings, run
     from pyramidkv.evaluate.ranks import from_environment
     from pyramidkv.evaluate.tasks import TASKS
     from pyramidkv.methods import METHODS
 
+    if resume and folder is None:
+        raise ConfigError("--resume: give the folder to go on in, with --out DIR")
     chosen = method or [m for m in METHODS if m != "full"]
+    if "full" in chosen:
+        raise ConfigError("method='full': give methods that compress; the full cache is always measured beside them")
     if any(options[name] is not None for name in ("budget", "share", "bytes")):
         amounts: Sequence[float | None] = keep or [None]  # with --keep too, the config says that one amount is enough
     else:
@@ -82,13 +88,15 @@ def recall(
         recall_examples=examples,
         question_aware=question_aware,
     )
-    settings.check()
+    ours = {"recall_context": "context", "recall_examples": "examples", "tokens": "context"}
+    with called(**ours):
+        settings.check()
     first = from_environment().first
     calm_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         where = folder or Path(scratch)
         kept = f"finished measurements are in {folder}" if folder else "nothing was kept; --out DIR would have"
-        with keeping(lambda: kept), progress(shown=first) as show:
+        with keeping(lambda: kept), progress(shown=first) as show, called(**ours):
             results = run(settings, where, resume=resume, progress=show)
         if first:
             _show(results, as_json)

@@ -37,6 +37,6 @@ def report(
     from pyramidkv.evaluate.schema import RESULTS
 
     if folder is None and len(results) > 1:
-        raise ConfigError("out: several results files are reported in a folder of their own; give --out DIR")
+        raise ConfigError("--out: several results files are reported in a folder of their own; give --out DIR")
     paths = [path / RESULTS if path.is_dir() else path for path in results]
     show_report(paths, folder or paths[0].parent, overwrite=force, as_json=as_json)

@@ -82,7 +82,7 @@ class Settings:
             raise ConfigError(f"batch={min(self.batch)}: must be at least 1")
         compressed = [c for c in self.configs if c.method != "full"]
         if not compressed:
-            raise ConfigError("method: give at least one that compresses; the full cache is always measured beside it")
+            raise ConfigError("method='full': give one that compresses; the full cache is always measured beside it")
         if "perplexity" in self.metrics:
             check_length("context", self.context, compressed)
         if "recall" in self.metrics:
@@ -163,7 +163,7 @@ def _run(settings: Settings, out: Path, ranks: Ranks, *, resume: bool, force: bo
 def _existing(path: Path, resume: bool, force: bool) -> list[Record]:
     if resume and force:
         raise ConfigError(
-            "resume and force: give one of them; the first goes on with a results file, the second drops it"
+            "resume=, force=: give one of them; the first goes on with a results file, the second drops it"
         )
     if not path.exists():
         return []
@@ -227,7 +227,7 @@ def _check_same(path: Path, old: Run, new: Run) -> None:
     for name in before | now:
         if name not in (*changing, "settings") and before.get(name) != now.get(name):
             raise ConfigError(
-                f"resume: {path} was made with {name}={before.get(name)!r}, this run has {now.get(name)!r}; "
+                f"resume=True: {path} was made with {name}={before.get(name)!r}, this run has {now.get(name)!r}; "
                 "use the same settings, or another --out"
             )
 
@@ -259,7 +259,11 @@ def _perplexity(
     for number, corpus in enumerate(corpora):
         job = f"perplexity on {corpus.name}"
         pieces = texts.chunks(
-            corpus, loaded.tokenizer, tokens=settings.context + settings.target + 1, count=settings.chunks
+            corpus,
+            loaded.tokenizer,
+            tokens=settings.context + settings.target + 1,
+            count=settings.chunks,
+            asked="context= + target= + 1",
         )
         if not file.has(job):
             mine = file.ranks.mine(pieces)

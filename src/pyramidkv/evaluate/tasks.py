@@ -105,7 +105,7 @@ def make_example(
     budget = tokens - max(count_tokens(facts[i].question) + count_tokens(facts[i].answer) for i in asked)
     room = budget - sum(count_tokens(" " + fact.sentence) for fact in facts) - count_tokens("\n")
     if room < 0:
-        raise ConfigError(f"tokens={tokens}: must be at least {tokens - room} to hold pairs={pairs} and a question")
+        raise ConfigError(f"tokens={tokens}: must be at least {tokens - room} to hold {pairs} facts and a question")
 
     text = _fill(_run(filler, rng) if filler is not None else synthetic_sentences(rng), room, count_tokens)
     context, starts = _lay(facts, text, rng.random())

@@ -70,15 +70,16 @@ def python_reference() -> Corpus:
 
 def from_path(name: str, path: Path) -> Corpus:
     """A UTF-8 text file, or every `*.txt` of a folder as one document each, in name order. Raises `DataError`."""
+    shown = repr(f"{name}={path}")
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files:
-        raise DataError(f"text={name}={path}: the folder holds no *.txt file")
+        raise DataError(f"text={shown}: the folder holds no *.txt file")
     try:
         documents = tuple(file.read_text(encoding="utf-8") for file in files)
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"text={name}={path}: can't be read as UTF-8 text: {error}") from error
+        raise DataError(f"text={shown}: can't be read as UTF-8 text: {error}") from error
     if not any(document.strip() for document in documents):
-        raise DataError(f"text={name}={path}: there is no text in it")
+        raise DataError(f"text={shown}: there is no text in it")
     return Corpus(name, str(path), documents)
 
 
@@ -111,10 +112,10 @@ def _from_hub(name: str, hub: _Hub) -> Corpus:
     return Corpus(name, f"hub: {hub.path} {hub.config or ''} test".replace("  ", " "), documents)
 
 
-def chunks(corpus: Corpus, tokenizer: Any, *, tokens: int, count: int) -> list[list[int]]:
+def chunks(corpus: Corpus, tokenizer: Any, *, tokens: int, count: int, asked: str = "tokens=") -> list[list[int]]:
     """Up to `count` chunks of exactly `tokens` token ids, spread evenly over the corpus, none overlapping.
 
-    Raises `DataError` if the corpus is too short for one.
+    Raises `DataError` if the corpus is too short for one; `asked` is what the caller calls `tokens`.
     """
     documents = _spread(corpus.documents, 4 * count)  # a hundred books need not all be cut into tokens
     starts: list[list[int]] = []
@@ -126,7 +127,7 @@ def chunks(corpus: Corpus, tokenizer: Any, *, tokens: int, count: int) -> list[l
     if not starts:
         raise DataError(
             f"corpus {corpus.name!r}: its longest document has {longest} tokens and one chunk needs {tokens} "
-            "(context + target + 1); lower --context or --target, or give a longer text"
+            f"({asked}); ask for fewer, or give a longer text"
         )
     return _spread(starts, count)
 

@@ -150,18 +150,18 @@ _ALL = (
 SHAPES: dict[str, Shape] = {shape.name: shape for shape in _ALL}
 
 
-def find_shape(name: str) -> Shape:
+def find_shape(name: str, given: str | None = None) -> Shape:
     """The built-in shape of that name. Raises `ConfigError` with the near name if there is none."""
     if name not in SHAPES:
-        raise ConfigError(f"shape={name!r}: {unknown(name, SHAPES)}")
+        raise ConfigError(f"model={given or name!r}: its shape is {unknown(name, SHAPES)}")
     return SHAPES[name]
 
 
-def shape_config(name: str) -> Any:
-    """The `transformers` config of a built-in shape."""
+def shape_config(name: str, given: str | None = None) -> Any:
+    """The `transformers` config of a built-in shape; `given` is the model's name as the user gave it."""
     from transformers import AutoConfig
 
-    shape = find_shape(name)
+    shape = find_shape(name, given)
     return AutoConfig.for_model(
         shape.model_type, **shape.sizes, max_position_embeddings=_MAX_POSITIONS, dtype=shape.dtype
     )

@@ -50,7 +50,7 @@ def load_config(name: str) -> Any:
         DataError: what it names can't be had or read.
     """
     if name.startswith(RANDOM):
-        return shape_config(name.removeprefix(RANDOM))
+        return shape_config(name.removeprefix(RANDOM), given=name)
     if name in SHAPES and not Path(name).exists():
         return shape_config(name)
     return _read("AutoConfig", name, _arguments(name))
