@@ -119,7 +119,8 @@ def test_what_is_not_split(changed, why):
 
 
 @torch.no_grad()
-def test_chunks_read_in_parts_are_chunks_read_at_once(monkeypatch):
+@pytest.mark.parametrize("method", ["pyramidkv", "echo", "full"])
+def test_chunks_read_in_parts_are_chunks_read_at_once(method, monkeypatch):
     plain = model("llama-4-2-32")
     plain.set_attn_implementation("pyramidkv")
     ids, _, _ = padded_batch((390, 390))
@@ -133,7 +134,8 @@ def test_chunks_read_in_parts_are_chunks_read_at_once(monkeypatch):
                 pyramidkv.ops.attention, "why_not_split",
                 lambda q, k, v, dropout: None if 1 < q.shape[2] < k.shape[2] and k.stride(1) < k.stride(2) else "no",
             )  # fmt: skip
-        cache = PyramidKVCache(plain.config, method="pyramidkv", budget=280, window=8, room=4)
+        amount = {} if method == "full" else {"budget": 280, "window": 8}
+        cache = PyramidKVCache(plain.config, method=method, room=4, **amount)
         logits = pyramidkv.prefill(plain, ids, cache, chunk=100)
         found.append((logits, [layer.storage.positions for layer in cache.layers]))
     assert calls.count(True) == 2 * 3 * len(cache.layers)  # rows, chunks behind the first
