@@ -1,6 +1,6 @@
 """Are the Triton kernels right at real sizes, and how fast are they? One run on one GPU, about two minutes.
 
-    python benchmarks/kernels_gpu.py --out kernels.json [--seconds 140] [--only echo | eviction | packing | packed]
+    python benchmarks/kernels_gpu.py --out kernels.json [--seconds 140] [--only PART]
 
 Times are those of launches inside a CUDA graph, a layer's worth each, over input sets that together pass the L2 cache.
 Order: correctness, the chosen tiles beside torch, then the other tiles until the seconds are over.
@@ -23,7 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from pyramidkv.evaluate.speed import read_bandwidth
 from pyramidkv.ops.band_scores import naive as band_naive
 from pyramidkv.ops.band_scores import triton as band
-from pyramidkv.ops.bitmap import pack_positions
+from pyramidkv.ops.bitmap import naive as bitmap_naive
+from pyramidkv.ops.bitmap import pack_positions, unpack_positions
 from pyramidkv.ops.compact import naive as compact_naive
 from pyramidkv.ops.compact import triton as compaction
 from pyramidkv.ops.decode_attention import naive as decode_naive
@@ -40,6 +41,8 @@ from pyramidkv.ops.select import naive as select_naive
 from pyramidkv.ops.select import triton as selection
 from pyramidkv.ops.turn import naive as turn_naive
 from pyramidkv.ops.turn import triton as turning
+from pyramidkv.ops.unpacking import naive as unpacking_naive
+from pyramidkv.ops.unpacking import triton as unpacking
 from pyramidkv.ops.window_scores import naive as scores_naive
 from pyramidkv.ops.window_scores import triton as scores
 from result import Result, add_out
@@ -57,6 +60,10 @@ EVICTIONS = (  # model, rows, slots, kept
 PACKED = tuple((model, rows, 6144, bits) for model in MODELS for rows in (1, 8) for bits in (8, 4, 2))
 PACKED_SWEEPS = (("pythia-2.8b", 1, 6144, 4), ("llama-8b", 1, 6144, 4), ("pythia-2.8b", 8, 6144, 4),
                  ("llama-8b", 8, 6144, 4), ("pythia-2.8b", 1, 6144, 2), ("pythia-2.8b", 1, 6144, 8))  # fmt: skip
+UNPACKED = (  # model, rows, slots, bits: what a further chunk of a prompt finds
+    *(("pythia-2.8b", 1, 25984, bits) for bits in (8, 4, 2)),
+    ("pythia-2.8b", 1, 8192, 4), ("llama-8b", 1, 25984, 4), ("pythia-2.8b", 8, 6144, 4),
+)  # fmt: skip
 ECHOES = (("pythia-2.8b", 6144), ("llama-8b", 8192), ("llama-8b", 32768))  # model, tokens
 ROTATED = {"pythia-2.8b": 20, "llama-8b": 128}  # channels
 RECENT = 32
@@ -140,6 +147,18 @@ def microseconds(calls: list[Callable[[], object]], target_ms: float = 2.0) -> f
         torch.cuda.synchronize()
         print(f"  failed: {type(error).__name__}: {str(error).splitlines()[0][:150]}", flush=True)
         return float("nan")
+
+
+def uncaptured(call: Callable[[], object]) -> float:
+    """Time of a call that waits for the device."""
+    call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(3):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) * 1e3 / 3
 
 
 def error(out: Tensor, reference: Tensor) -> float:
@@ -627,6 +646,52 @@ def packing_row(model: str, rows: int, slots: int, bits: int, bandwidth: float) 
     return row
 
 
+def unpacking_sets(model: str, rows: int, slots: int, bits: int, ragged: bool, count: int = 2) -> list[tuple]:
+    """Pages, and parts of larger tensors of NaN for what is in them."""
+    _, _, size, dtype = MODELS[model]
+    sets = []
+    for _, pages, *_ in packed_sets(model, rows, slots, bits, ragged)[:count]:
+        shape = rows, pages.layout.shape[2], 64 * pages.most + ROOM, size
+        whole = (torch.full(shape, float("nan"), device="cuda", dtype=dtype) for _ in range(2))
+        sets.append((pages.keys, pages.values, pages.layout, tuple(t[:, :, : 64 * pages.most] for t in whole)))
+    return sets
+
+
+def check_unpacking() -> bool:
+    """Keys, values and positions equal plain torch to the last bit, in heads of unequal numbers of pages too."""
+    equal = True
+    for model, rows, bits, ragged in itertools.product(MODELS, (1, 7), (8, 4, 2), (False, True)):
+        ((*packed, got), *_) = unpacking_sets(model, rows, 1536, bits, ragged)
+        expected = tuple(torch.empty_like(t) for t in got)
+        unpacking.unpack(*packed, got)
+        unpacking_naive.unpack(*packed, expected)
+        equal &= all(map(torch.equal, got, expected))
+    for tokens in (700, 32768):
+        bitmap = torch.randint(0, 256, (3, 32, tokens // 8), device="cuda", dtype=torch.uint8)
+        slots = tokens * 3 // 4
+        equal &= torch.equal(unpack_positions(bitmap, slots), bitmap_naive.unpack_positions(bitmap, slots))
+    print(f"check unpacking: {'equal' if equal else 'WRONG'}", flush=True)
+    return equal
+
+
+def unpacking_row(model: str, rows: int, slots: int, bits: int, bandwidth: float) -> dict:
+    """Writing what is in pages back as keys and values; and their positions."""
+    _, kv_heads, size, dtype = MODELS[model]
+    page = key_bytes(size, bits, 2) + value_bytes(size, bits, 2) + 2 * 64 * size * dtype.itemsize
+    row: dict = {"model": model, "rows": rows, "slots": slots, "bits": bits}
+    row["floor"] = rows * kv_heads * slots // 64 * page / bandwidth / 1e6
+    sets = unpacking_sets(model, rows, slots, bits, False)
+    for warps in (1, 2, 4):
+        row[f"{warps} warps"] = microseconds([lambda s=s, w=warps: unpacking.unpack(*s, warps=w) for s in sets])
+    row["naive"] = uncaptured(lambda: unpacking_naive.unpack(*sets[0]))
+    sets = unpacking_sets(model, rows, slots, bits, True)
+    row["ragged"] = microseconds([lambda s=s: unpacking.unpack(*s) for s in sets])
+    row["ragged slots"] = statistics.mean(s[3][0].shape[2] for s in sets)  # those of the head that has most
+    bitmap = torch.randint(0, 256, (rows, kv_heads, slots * 5 // 32), device="cuda", dtype=torch.uint8)
+    row["positions"] = microseconds([lambda: unpack_positions(bitmap, slots)])
+    return row
+
+
 def packed_sweep(model: str, rows: int, slots: int, bits: int, seconds: float) -> dict[str, float]:
     sets = packed_sets(model, rows, slots, bits)
     found: dict[str, float] = {}
@@ -694,6 +759,13 @@ def measure_packing(report: dict) -> None:
     print(f"packing after {elapsed():.0f} s", flush=True)
 
 
+def measure_unpacking(report: dict) -> None:
+    """Reading pages of codes back."""
+    report["unpacking_equal"] = check_unpacking()
+    report["unpacking"] = [unpacking_row(*case, report["copy_TBps"]) for case in UNPACKED]
+    print(f"unpacking after {elapsed():.0f} s", flush=True)
+
+
 def measure_packed(report: dict) -> None:
     """Decode attention over codes, beside that over 16 bits."""
     report["packed_error"] = check_packed()
@@ -704,7 +776,7 @@ def measure_packed(report: dict) -> None:
 
 PARTS = {
     "eviction": measure_eviction, "echo": measure_echo, "attention": measure_attention, "packing": measure_packing,
-    "packed": measure_packed,
+    "unpacking": measure_unpacking, "packed": measure_packed,
 }  # fmt: skip
 SWEPT = {  # the others: attention
     "select": "eviction", "limits": "eviction", "compact": "eviction", "packed": "packed", "echo": "echo",
@@ -751,7 +823,7 @@ def main() -> None:
         f"{report['copy_TBps']:.2f} TB/s copied, {report['read_TBps']:.2f} read, {report['bf16_TFLOPs']:.0f} TFLOP/s"
     )
     print(f"{rates}, {elapsed():.0f} s in all")
-    result.finish("decode", "scores", "prefill", "echo", "eviction", "packing", "packed")
+    result.finish("decode", "scores", "prefill", "echo", "eviction", "packing", "unpacking", "packed")
 
 
 if __name__ == "__main__":

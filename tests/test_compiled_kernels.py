@@ -9,6 +9,7 @@ import pyramidkv
 from families import model, padded_batch
 from pyramidkv.ops import kernels
 from pyramidkv.ops.append import append
+from pyramidkv.ops.bitmap import unpack_positions
 from pyramidkv.ops.decode_attention import decode_attention
 from pyramidkv.ops.merge import merge
 from pyramidkv.ops.packed_attention import packed_attention
@@ -80,6 +81,8 @@ def test_a_prefill_and_a_step_compile(compiled):
     decode_attention(key[:, :, :1], key, key, length, None, 0.1, new, ring)
     pages = Pages.gather(key, key, torch.arange(30).expand(2, 2, 30), [33, 33], 3, 4)
     packed_attention(key[:, :, :1], pages, key, key, length, None, 0.1, new, ring)
+    pages.followed_by([key], [key])
+    unpack_positions(torch.zeros(2, 2, 5, dtype=torch.uint8), 64)
     cache = pyramidkv.PyramidKVCache(plain.config, method="pyramidkv", budget=60, slack=8)
     ids, _, _ = padded_batch((300,))
     for tokens in (ids, *ids[:, :5, None].unbind(1)):
@@ -88,6 +91,7 @@ def test_a_prefill_and_a_step_compile(compiled):
         layer.evict_decoded([40])
     names = {name for _, name, *_ in compiled}
     assert {"band_kernel", "count_kernel", "select_kernel", "pack_kernel", "split_kernel", "join_kernel"} <= names
+    assert {"unpack_kernel", "positions_kernel"} <= names
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ OTHERS = [
         "linear",
         "packed_attention",
         "split_attention",
+        "unpacking",
     )
 ]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -30,7 +30,23 @@ def test_interpreted_layer_launches_little(method, lengths, bound, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize(("method", "bound"), [("pyramidkv", 12), ("rms", 11), ("knorm", 7), ("auto", 108)])
+@pytest.mark.parametrize(("method", "bound"), [("pyramidkv", 13), ("auto", 31)])
+def test_interpreted_layer_launches_little_for_a_further_chunk(method, bound, monkeypatch):
+    plain = model("gpt_neox-2-2-80")
+    plain.set_attn_implementation("pyramidkv")
+    cache = pyramidkv.PyramidKVCache(plain.config, method=method, keep=0.5)
+    ids, _, _ = padded_batch((600,))
+    cache.expect_prompt([600])
+    with torch.no_grad():
+        plain(ids[:, :300], past_key_values=cache)
+    _, *others = of_a_prefill(plain, cache, ids[:, 300:], monkeypatch)
+    assert others
+    for found in others:
+        assert 5 < found.total() <= bound, dict(found)
+
+
+@interpreted
+@pytest.mark.parametrize(("method", "bound"), [("pyramidkv", 12), ("rms", 11), ("knorm", 7), ("auto", 60)])
 @torch.no_grad()
 def test_interpreted_eviction_while_decoding_launches_little(method, bound, monkeypatch):
     plain = model("gpt_neox-2-2-80")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pyramidkv.decode.pool import Pool
-from pyramidkv.ops.append import append
 from pyramidkv.ops.bitmap import pack_positions, unpack_positions
 from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import PAGE, key_bytes, value_bytes
@@ -117,17 +116,13 @@ class PackedStorage:
 
     def view(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The keys and values in use, unpacked: a copy, in `dtype` or that of the newest."""
-        return self._followed_by(*self.new.view(dtype))
+        key, value = self.new.view(dtype)
+        return self.pages.followed_by([key], [value])
 
     def followed_by(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values in use, unpacked, and (B, H, T, *) new ones behind them."""
-        return self._followed_by(*append(self.new.view(key.dtype), (key, value)))
-
-    def _followed_by(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        old_key, old_value = self.pages.unpack(key.dtype)
-        key = torch.cat([old_key, key], dim=2)
-        del old_key  # each is as large as all that is kept
-        return key, torch.cat([old_value, value], dim=2)
+        """The keys and values in use, unpacked, and (B, H, T, *) new ones behind them; in the dtype of these."""
+        new_key, new_value = self.new.view(key.dtype)
+        return self.pages.followed_by([new_key, key], [new_value, value])
 
     def valid(self) -> Tensor:
         """(B, length) bool, False for empty slots, or (B, H, length) where heads keep unequal numbers."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pyramidkv.ops.packing import pack
-from pyramidkv.ops.quantize import PAGE, Codes, dequantize_keys, dequantize_values
+from pyramidkv.ops.quantize import PAGE, Codes
+from pyramidkv.ops.unpacking import unpack
 
 
 @dataclass(frozen=True)
@@ -115,19 +116,24 @@ class Pages:
         slot = torch.arange(self.most * PAGE, device=self.start.device)
         return slot >= ((self.most - self.count) * PAGE + self.start)[..., None]
 
-    def unpack(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values as (B, H, 64 * most, *), each head's slots at its end; the empty ones are finite."""
-        _, rows, heads = self.layout.shape
-        if self.even:
-            keys, values = dequantize_keys(self.keys, dtype), dequantize_values(self.values, dtype)
-            return tuple(t.reshape(rows, heads, -1, t.shape[-1]) for t in (keys, values))  # type: ignore[return-value]
-        missing = (self.most - self.count)[..., None]
-        page = torch.arange(self.most, device=missing.device) - missing  # of the head
-        page = (self.first[..., None] + page.clamp(min=0)).clamp(max=self.row_pages - 1).long()
-        row = torch.arange(rows, device=page.device)[:, None, None]
-        keys = dequantize_keys(self.keys.at(row, page), dtype)  # codes are moved, not numbers
-        values = dequantize_values(self.values.at(row, page), dtype)
-        return keys.flatten(2, 3), values.flatten(2, 3)
+    def followed_by(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values unpacked, (B, H, 64 * most, *), and behind them others, (B, H, T, *), in the dtype of these.
+
+        Each head's slots lie at the end of its pages; the empty ones in front are zeros.
+        """
+        old = self.most * PAGE
+        found = []
+        for parts in (keys, values):
+            length = old + sum(t.shape[2] for t in parts)
+            found.append(parts[0].new_empty(*parts[0].shape[:2], length, parts[0].shape[3]))
+        key, value = found
+        unpack(self.keys, self.values, self.layout, (key[:, :, :old], value[:, :, :old]))
+        for whole, parts in ((key, keys), (value, values)):
+            at = old
+            for part in parts:
+                whole[:, :, at : at + part.shape[2]] = part
+                at += part.shape[2]
+        return key, value
 
     def rows(self, index: Tensor) -> Pages:
         """A copy with the rows `index` (N,), in that order."""

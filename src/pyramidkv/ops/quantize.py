@@ -44,10 +44,6 @@ class Codes:
         """The rows `index` (N,) of the batch."""
         return self.each(lambda t: t.index_select(0, index.to(t.device)))
 
-    def at(self, row: Tensor, page: Tensor) -> Codes:
-        """The pages `page` of the rows `row`, (*) each, of codes (B, pages, ...)."""
-        return self.each(lambda t: t[row, page])
-
 
 def value_group(channels: int) -> int:
     """Channels of a value that share a scale: all of them up to 96, else the largest divisor up to `GROUP`."""
@@ -77,11 +73,11 @@ def quantize_keys(key: Tensor, bits: int, valid: Tensor | None = None) -> Codes:
 
 
 def dequantize_keys(packed: Codes, dtype: torch.dtype) -> Tensor:
-    """(*, 64, D) keys."""
+    """(*, 64, D) keys, computed in float32."""
     if packed.scale is None or packed.zero is None:
         return packed.codes.to(dtype)
-    codes = _unpack(packed.codes, packed.bits).to(dtype)
-    return codes.mul_(packed.scale.to(dtype).unsqueeze(-2)).add_(packed.zero.to(dtype).unsqueeze(-2))
+    codes = _unpack(packed.codes, packed.bits).float()
+    return codes.mul_(packed.scale.unsqueeze(-2)).add_(packed.zero.unsqueeze(-2)).to(dtype)
 
 
 def quantize_values(value: Tensor, bits: int) -> Codes:
@@ -94,12 +90,11 @@ def quantize_values(value: Tensor, bits: int) -> Codes:
 
 
 def dequantize_values(packed: Codes, dtype: torch.dtype) -> Tensor:
-    """(*, 64, D) values."""
+    """(*, 64, D) values, computed in float32."""
     if packed.scale is None or packed.zero is None:
         return packed.codes.to(dtype)
-    codes = _unpack(packed.codes.mT, packed.bits).reshape(*packed.scale.shape, -1).to(dtype)
-    value: Tensor = codes.mul_(packed.scale.to(dtype).unsqueeze(-1)).add_(packed.zero.to(dtype).unsqueeze(-1))
-    return value.flatten(-2)
+    codes = _unpack(packed.codes.mT, packed.bits).reshape(*packed.scale.shape, -1).float()
+    return codes.mul_(packed.scale.unsqueeze(-1)).add_(packed.zero.unsqueeze(-1)).to(dtype).flatten(-2)
 
 
 def _quantize(x: Tensor, dim: int, bits: int, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from pyramidkv.ops import kernels
 from pyramidkv.ops.bitmap import naive
-from pyramidkv.ops.bitmap.naive import unpack_positions
 
 __all__ = ["pack_positions", "unpack_positions", "why_naive"]
 
@@ -30,3 +29,13 @@ def pack_positions(positions: Tensor, index: Tensor, tokens: int) -> Tensor:
         with kernels.on(index.device):
             return triton.pack_positions(positions, index, tokens)
     return naive.pack_positions(positions, index, tokens)
+
+
+def unpack_positions(bitmap: Tensor, slots: int) -> Tensor:
+    """(B, H, slots) int32: the positions in a bitmap; the definition is that of `naive.unpack_positions`."""
+    if bitmap.numel() and slots and kernels.why_no_triton(bitmap.device) is None:
+        from pyramidkv.ops.bitmap import triton
+
+        with kernels.on(bitmap.device):
+            return triton.unpack_positions(bitmap, slots)
+    return naive.unpack_positions(bitmap, slots)

@@ -1,4 +1,8 @@
-"""The same as `naive.py` in one launch. Positions rise, so those of a byte lie together, and the first writes it."""
+"""The same as `naive.py` in one launch each.
+
+Positions rise, so those of a byte lie together when they are packed, and the first writes it. To unpack them, a program
+counts the bits of a whole head, a few kilobytes, and writes the positions of some of them.
+"""
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 # ruff: noqa: N803
 
@@ -46,13 +50,60 @@ def pack_positions(positions: Tensor, index: Tensor, tokens: int) -> Tensor:
     """As `naive.pack_positions`."""
     index = dense(index)
     bitmap = torch.zeros(*index.shape[:2], -(-tokens // 8), dtype=torch.uint8, device=index.device)
-    _launch(index.shape, positions.stride(), index.stride(), bitmap.shape[2])(positions, index, bitmap)
+    _packing(index.shape, positions.stride(), index.stride(), bitmap.shape[2])(positions, index, bitmap)
     return bitmap
 
 
 @lru_cache(maxsize=KNOWN)
-def _launch(shape: tuple[int, ...], positions: tuple[int, ...], index: tuple[int, ...], width: int) -> Launch:
+def _packing(shape: tuple[int, ...], positions: tuple[int, ...], index: tuple[int, ...], width: int) -> Launch:
     """For this shape of an index, and strides of positions and index."""
     rows, heads, slots = shape
     grid = tiles(slots, _BLOCK), rows * heads
     return Launch(bitmap_kernel, grid, *positions, *index[:2], heads, slots, width, BLOCK=_BLOCK)
+
+
+@triton.jit
+def _ones(byte):
+    """Bits that are set."""
+    byte = byte - ((byte >> 1) & 0x55)
+    byte = (byte & 0x33) + ((byte >> 2) & 0x33)
+    return (byte + (byte >> 4)) & 0x0F
+
+
+@triton.jit(do_not_specialize=["slots", "width"])
+def positions_kernel(bitmap, positions, slots, width, BLOCK: tl.constexpr):
+    """(blocks of positions or slots, B * H) programs."""
+    program = tl.program_id(1).to(tl.int64)
+    bitmap += program * width
+    positions += program * slots
+    begin = tl.program_id(0) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    ends = tl.zeros([BLOCK], tl.int32)  # set bits of all bytes, and of those behind this block
+    behind = tl.zeros([BLOCK], tl.int32)
+    for at in range(0, width, BLOCK):
+        byte = at + lane
+        ones = _ones(tl.load(bitmap + byte, mask=byte < width, other=0).to(tl.int32))
+        ends += ones
+        behind += tl.where(byte >= (begin + BLOCK) // 8, ones, 0)
+    place = begin + lane
+    byte = tl.load(bitmap + place // 8, mask=place // 8 < width, other=0).to(tl.int32)
+    bit = (byte >> (place % 8)) & 1
+    total = tl.sum(ends, 0)
+    slot = slots - tl.sum(behind, 0) - tl.sum(bit, 0) + tl.cumsum(bit, 0) - 1
+    tl.store(positions + slot, place, mask=(bit == 1) & (slot >= 0))
+    tl.store(positions + place, tl.full([BLOCK], -1, tl.int32), mask=place < slots - total)
+
+
+def unpack_positions(bitmap: Tensor, slots: int) -> Tensor:
+    """As `naive.unpack_positions`."""
+    positions = torch.empty(*bitmap.shape[:2], slots, dtype=torch.int32, device=bitmap.device)
+    _unpacking(bitmap.shape, slots)(bitmap.contiguous(), positions)
+    return positions
+
+
+@lru_cache(maxsize=KNOWN)
+def _unpacking(shape: tuple[int, ...], slots: int) -> Launch:
+    """For this shape of a bitmap."""
+    rows, heads, width = shape
+    grid = tiles(max(8 * width, slots), _BLOCK), rows * heads
+    return Launch(positions_kernel, grid, slots, width, BLOCK=_BLOCK)
