@@ -10,7 +10,7 @@ import torch
 
 from pyramidkv.ops.packed_attention import naive, packed_attention
 from pyramidkv.ops.pages import Pages
-from pyramidkv.ops.quantize import value_group
+from pyramidkv.ops.quantize import room_for, value_group
 from test_eviction_kernels import poisoned
 from test_kernels import DTYPES, ERROR, distance, exact_decode, interpreted, new_token, on_gpu, random, ring_for
 
@@ -196,14 +196,30 @@ def same_pages(dtype, bits, sizes, ragged, device="cpu", rows=2, heads=3, slots=
     key, value = (t.masked_fill(~kept, float("nan")) for t in (key, value))
     pages = int(((used + 63) // 64).sum(1).max()) + 1 if ragged else heads * -(-width // 64)
     rest = index, (used + 9).int(), 9, pages, bits, not ragged  # 9 slots of each head go elsewhere
-    with poisoned():
-        got = triton.pack(key, value, *rest)
     expected = packing_naive.pack(key, value, *rest)
+    with poisoned():
+        if ragged:
+            got = among_others(lambda into: triton.pack(key, value, *rest, into), rows, pages, heads, sizes, bits, key)
+        else:
+            got = triton.pack(key, value, *rest)
     return torch.equal(got[2], expected[2]) and all(
         a.isfinite().all() and torch.equal(a, b)
         for mine, theirs in zip(got[:2], expected[:2], strict=True)
         for a, b in zip(mine.tensors().values(), theirs.tensors().values(), strict=True)
     )
+
+
+def among_others(pack, rows, pages, heads, sizes, bits, like):
+    """What is packed between two other rows, where each has room for more pages; nothing else may be written."""
+    keys, values, layout = room_for(rows + 2, pages + 3, heads, sizes, bits, like.dtype, like.device)
+    codes = [*keys.tensors().values(), *values.tensors().values()]
+    before = [t.clone() for t in codes]
+    pack((keys.each(lambda t: t[1:-1]), values.each(lambda t: t[1:-1]), layout[:, 1:-1]))
+    for now, old in zip(codes, before, strict=True):
+        others = torch.ones(now.shape[:2], dtype=torch.bool)
+        others[1:-1, :pages] = False
+        assert torch.equal(now[others].view(torch.uint8), old[others].view(torch.uint8))
+    return *(c.each(lambda t: t[1:-1, :pages]) for c in (keys, values)), layout[:, 1:-1]
 
 
 @interpreted

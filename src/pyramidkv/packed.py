@@ -71,11 +71,9 @@ class PackedStorage:
         if bits == 16:
             key, value = (t.detach().to(newest.dtype) for t in (key, value))
         old = index[:, :, :count]
-        packed = Pages.gather(key, value, old, limits, recent, bits, pages)
+        packed = Pages.gather(key, value, old, limits, recent, bits, pages, pool)
         storage = cls(packed, pack_positions(positions, old, tokens), newest)
         if pool is not None:
-            free = pool.take_pages(packed, len(old))
-            storage.pages = packed if free is None else packed.moved(free)
             pool.lend_pages(storage)
         return storage
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyramidkv.decode.pool import Buffers, Pool
 from pyramidkv.layer import PyramidKVLayer
-from pyramidkv.ops.pages import Pages
+from pyramidkv.ops.pages import Pages, PageShape
 from pyramidkv.packed import PackedStorage
 from pyramidkv.ring import QueryRing
 from pyramidkv.storage import Storage
@@ -91,11 +91,11 @@ class Lender:
     def lend(self, storage: Storage) -> None:
         """The whole goes back to the pool, not its parts."""
 
-    def take_pages(self, like: Pages, rows: int) -> Pages:
+    def take_pages(self, shape: PageShape, rows: int) -> Pages:
         """Room for the pages of the next rows."""
         if self.pages is None:
-            free = None if self.pool is None else self.pool.take_pages(like, self._rows)
-            self.pages = like.room(self._rows) if free is None else free
+            free = None if self.pool is None else self.pool.take_pages(shape, self._rows)
+            self.pages = shape.room(self._rows) if free is None else free
         here = slice(self._paged, self._paged + rows)
         self._paged = here.stop
         return self.pages.part(here)

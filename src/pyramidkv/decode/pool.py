@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pyramidkv.ops.pages import Pages
+    from pyramidkv.ops.pages import Pages, PageShape
     from pyramidkv.packed import PackedStorage
     from pyramidkv.storage import Storage
 
@@ -43,10 +43,10 @@ class Pool:
         storage.lease = weakref.finalize(storage, self._give, storage.buffers())
         storage.lease.atexit = False
 
-    def take_pages(self, like: Pages, rows: int) -> Pages | None:
-        """The free pages if they have room for as many rows like those of `like`; if not, they are given up."""
+    def take_pages(self, shape: PageShape, rows: int) -> Pages | None:
+        """The free pages if they have room for as many rows of that shape; if not, they are given up."""
         free, self._pages = self._pages, None
-        return free if free is not None and free.serves(like, rows) else None
+        return free if free is not None and free.serves(shape, rows) else None
 
     def lend_pages(self, storage: PackedStorage) -> None:
         """Have the pages of `storage` back when nobody uses it any more."""

@@ -10,13 +10,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyramidkv.ops.packing import pack
-from pyramidkv.ops.quantize import PAGE, Codes
+from pyramidkv.ops.quantize import PAGE, Codes, room_for
 from pyramidkv.ops.unpacking import unpack
+
+if TYPE_CHECKING:
+    from pyramidkv.decode.pool import Pool
+
+
+class PageShape(NamedTuple):
+    """What the pages of a layer are, however many rows there are."""
+
+    heads: int
+    pages: int  # that a row has room for
+    even: bool  # as in `Pages`
+    bits: int
+    sizes: tuple[int, int]  # channels of keys and of values
+    dtype: torch.dtype  # of what is stored: uint8, or in 16 bits that of the numbers
+    device: torch.device
+
+    def room(self, rows: int) -> Pages:
+        """Pages of so many rows, yet to be written."""
+        made = room_for(rows, self.pages, self.heads, self.sizes, self.bits, self.dtype, self.device)
+        return Pages(*made, self.even)
 
 
 @dataclass(frozen=True)
@@ -38,48 +59,56 @@ class Pages:
         recent: int,
         bits: int,
         pages: int | None = None,
+        pool: Pool | None = None,
     ) -> Pages:
         """Pages of the slots `index` (B, H, W) of (B, H, K, *) keys and values; -1s, in front, for none.
 
         `limits` says how many there are, one number a row or (B, H) int32, `recent` others of each head included, which
         go elsewhere. With `pages`, each head gets those that its slots need, and a row has room for that many. Without,
-        every head gets the pages that W slots need. Nothing is read back from the device.
+        every head gets the pages that W slots need. Those of `pool` are used if they serve. Nothing is read back from
+        the device.
         """
+        rows, heads, width = index.shape
         even = pages is None
         if pages is None:
-            pages = index.shape[1] * -(-index.shape[2] // PAGE)
-        keys, values, layout = pack(key.detach(), value.detach(), index, limits, recent, pages, bits, even)
-        return cls(keys, values, layout, even)
+            pages = heads * -(-width // PAGE)
+        dtype = key.dtype if bits == 16 else torch.uint8
+        shape = PageShape(heads, pages, even, bits, (key.shape[3], value.shape[3]), dtype, key.device)
+        free = None if pool is None else pool.take_pages(shape, rows)
+        into = shape.room(rows) if free is None else free
+        pack(
+            key.detach(),
+            value.detach(),
+            index,
+            limits,
+            recent,
+            pages,
+            bits,
+            even,
+            (into.keys, into.values, into.layout),
+        )
+        return cls(into.keys, into.values, into.layout, even)  # anew: what is known of the pages that lay there is not
 
-    def serves(self, like: Pages, rows: int) -> bool:
-        """Whether there is room here for `rows` rows like those of `like`, of which there may be fewer or more.
+    @property
+    def shape(self) -> PageShape:
+        """All of it but the rows."""
+        codes, value = self.keys.codes, self.values.codes.shape
+        sizes = codes.shape[3], value[3] if self.bits == 16 else value[2]
+        return PageShape(self.layout.shape[2], codes.shape[1], self.even, self.bits, sizes, codes.dtype, codes.device)
+
+    def serves(self, shape: PageShape, rows: int) -> bool:
+        """Whether `rows` rows of that shape can be written here; of the pages of a row some may be left over.
 
         Twice as many pages as needed serve, where heads need not have the same number.
         """
-        spare = self.row_pages - like.row_pages
-        if (self.even, self.bits) != (like.even, like.bits) or not 0 <= spare <= (0 if like.even else like.row_pages):
-            return False
-        for have, want in zip(self.tensors().values(), like.tensors().values(), strict=True):
-            shape = (3, rows, *want.shape[2:]) if want is like.layout else (rows, *have.shape[1:2], *want.shape[2:])
-            if (have.shape, have.dtype, have.device) != (shape, want.dtype, want.device):
-                return False
-        return True
-
-    def room(self, rows: int) -> Pages:
-        """Pages for `rows` rows like these, yet to be written."""
-        keys, values = (c.each(lambda t: t.new_empty(rows, *t.shape[1:])) for c in (self.keys, self.values))
-        return Pages(keys, values, self.layout.new_empty(3, rows, self.layout.shape[2]), self.even)
+        spare = self.row_pages - shape.pages
+        alike = self.shape == shape._replace(pages=self.row_pages) and self.layout.shape[1] == rows
+        return alike and 0 <= spare <= (0 if shape.even else shape.pages)
 
     def part(self, rows: slice) -> Pages:
         """Those of some rows, where they lie."""
         keys, values = (c.each(lambda t: t[rows]) for c in (self.keys, self.values))
         return Pages(keys, values, self.layout[:, rows], self.even)
-
-    def moved(self, to: Pages) -> Pages:
-        """The same, written over pages that serve for as many rows."""
-        places = [t if t is to.layout else t[:, : self.row_pages] for t in to.tensors().values()]
-        torch._foreach_copy_(places, list(self.tensors().values()))
-        return Pages(to.keys, to.values, to.layout, self.even)
 
     @property
     def first(self) -> Tensor:

@@ -45,6 +45,38 @@ class Codes:
         return self.each(lambda t: t.index_select(0, index.to(t.device)))
 
 
+# Pages of keys (B, P, ...) and of values (B, P, ...), and (3, B, H) int32: where those of each head lie.
+Paged = tuple[Codes, Codes, Tensor]
+
+
+def room_for(
+    rows: int, pages: int, heads: int, sizes: tuple[int, int], bits: int, dtype: torch.dtype, device: torch.device
+) -> Paged:
+    """Pages yet to be written, for keys and values of so many channels; `dtype` is theirs in 16 bits."""
+    keys, values = sizes
+    lead = rows, pages
+    layout = torch.empty(3, rows, heads, dtype=torch.int32, device=device)
+    if bits == 16:
+        made = (torch.empty(*lead, PAGE, size, dtype=dtype, device=device) for size in sizes)
+        return Codes(next(made), None, None, bits), Codes(next(made), None, None, bits), layout
+    each = lead[0], lead[1], PAGE, values // value_group(values)
+    return (
+        Codes(
+            torch.empty(*lead, 8 * bits, keys, dtype=torch.uint8, device=device),
+            torch.empty(*lead, keys, dtype=torch.float16, device=device),
+            torch.empty(*lead, keys, dtype=torch.float16, device=device),
+            bits,
+        ),
+        Codes(
+            torch.empty(*lead, values, 8 * bits, dtype=torch.uint8, device=device),
+            torch.empty(each, dtype=torch.float16, device=device),
+            torch.empty(each, dtype=torch.float16, device=device),
+            bits,
+        ),
+        layout,
+    )
+
+
 def value_group(channels: int) -> int:
     """Channels of a value that share a scale: all of them up to 96, else the largest divisor up to `GROUP`."""
     if channels <= 96:

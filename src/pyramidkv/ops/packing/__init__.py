@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyramidkv.ops import kernels
 from pyramidkv.ops.packing import naive
-from pyramidkv.ops.quantize import Codes, value_group
+from pyramidkv.ops.quantize import Paged, value_group
 
 __all__ = ["pack"]
 
@@ -22,10 +22,12 @@ def pack(
     pages: int,
     bits: int,
     even: bool,
-) -> tuple[Codes, Codes, Tensor]:
-    """Pages of codes of the slots `index` of keys and values, and where they lie.
+    into: Paged,
+) -> None:
+    """Write pages of codes of the slots `index` of keys and values, and where they lie, into pages that are there.
 
-    The definition and the arguments are those of `naive.pack`; the kernel's result is the same to the last bit.
+    The definition and the other arguments are those of `naive.pack`; the kernel's result is the same to the last bit.
+    `into` has B rows, with room for `pages` pages or more.
     """
     whole_words = all(value_group(t.shape[-1]) % 4 == 0 for t in (key, value))
     readable = key.dtype == value.dtype and key.dtype in kernels.READ
@@ -33,5 +35,10 @@ def pack(
         from pyramidkv.ops.packing import triton
 
         with kernels.on(key.device):
-            return triton.pack(key, value, index, limits, recent, pages, bits, even)
-    return naive.pack(key, value, index, limits, recent, pages, bits, even)
+            triton.pack(key, value, index, limits, recent, pages, bits, even, into)
+        return
+    made = naive.pack(key, value, index, limits, recent, pages, bits, even)
+    for target, source in zip(into[:2], made[:2], strict=True):
+        for name, tensor in target.tensors().items():
+            tensor[:, :pages] = source.tensors()[name]
+    into[2].copy_(made[2])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyramidkv.ops.kernels import dense, parts, power_of_two
 from pyramidkv.ops.launch import KNOWN, Launch
-from pyramidkv.ops.quantize import PAGE, Codes, value_group
+from pyramidkv.ops.quantize import PAGE, Codes, Paged, room_for, value_group
 from pyramidkv.ops.select.naive import spread
 
 _TINY = tl.constexpr(2.0**-14)  # the least normal float16
@@ -157,16 +157,19 @@ def _values(base, index, column, width, stride, codes, scale, zero, PIECE: tl.co
         tl.store(where, word, mask=(tl.arange(0, 2 * BITS) >= 0)[:, None] & (channel < GROUP)[None, :])
 
 
-@triton.jit(do_not_specialize=["width", "pages", "limit", "recent"])
+@triton.jit(do_not_specialize=["width", "pages", "room", "limit", "recent", "sol"])
 def pack_kernel(
     key, value, index, limits, layout, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero,
-    skb, skh, skn, svb, svh, svn, sib, sih, slb, slh, limit, recent,
-    heads, width, pages, HEADS: tl.constexpr,
+    skb, skh, skn, svb, svh, svn, sib, sih, slb, slh, sol, limit, recent,
+    heads, width, pages, room, HEADS: tl.constexpr,
     SIZE: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, BITS: tl.constexpr,
     V_SIZE: tl.constexpr, V_GROUP: tl.constexpr, V_FIRST: tl.constexpr, V_REST: tl.constexpr,
     PIECE: tl.constexpr, EVEN: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """(pages * groups of keys and values, B) programs; the first of each row also writes where the pages lie."""
+    """(pages * groups of keys and values, B) programs; the first of each row also writes where the pages lie.
+
+    A row has room for `room` pages, of which `pages` are written.
+    """
     GROUPS: tl.constexpr = SIZE // GROUP
     V_GROUPS: tl.constexpr = V_SIZE // V_GROUP
     group = tl.program_id(0) % (GROUPS + V_GROUPS)
@@ -179,13 +182,12 @@ def pack_kernel(
     last = tl.cumsum(count, 0)
     if tl.program_id(0) == 0:
         mine = layout + row * heads + head_lane
-        rows = tl.num_programs(1)
         tl.store(mine, last - count, mask=head_lane < heads)
-        tl.store(mine + rows * heads, count, mask=head_lane < heads)
-        tl.store(mine + 2 * rows * heads, count * 64 - used, mask=head_lane < heads)
+        tl.store(mine + sol, count, mask=head_lane < heads)
+        tl.store(mine + 2 * sol, count * 64 - used, mask=head_lane < heads)
     owner = tl.minimum(tl.sum(((last <= page) & (head_lane < heads)).to(tl.int32), 0), heads - 1)
     column = width - 64 * (tl.sum(tl.where(head_lane == owner, last, 0), 0) - page)
-    at = row * pages + page
+    at = row * room + page
     index += row * sib + owner.to(tl.int64) * sih
     if group < GROUPS:
         key += row * skb + owner.to(tl.int64) * skh + group * GROUP
@@ -223,18 +225,20 @@ def pack(
     pages: int,
     bits: int,
     even: bool,
-) -> tuple[Codes, Codes, Tensor]:
-    """As `naive.pack`, for groups of channels (`value_group`) that are a multiple of 4, and at least one page."""
+    into: Paged | None = None,
+) -> Paged:
+    """As `naive.pack`, for groups of channels (`value_group`) that are a multiple of 4, and at least one page.
+
+    `into` is where to write: pages of B rows, as `room_for` gives them, `pages` or more a row.
+    """
     rows, heads, _ = index.shape
     key, value, index = dense(key), dense(value), dense(index)
     sizes = key.shape[-1], value.shape[-1]
-    v_group = value_group(sizes[1])
-    keys = _empty(key, (rows, pages), bits, (8 * bits, sizes[0]), sizes[:1])
-    values = _empty(value, (rows, pages), bits, (sizes[1], 8 * bits), (PAGE, sizes[1] // v_group))
-    layout = torch.empty(3, rows, heads, dtype=torch.int32, device=key.device)
+    keys, values, layout = into or room_for(rows, pages, heads, sizes, bits, key.dtype, key.device)
+    room = keys.codes.shape[1], layout.stride(0)
     limit, each = spread(limits, heads, key.device)
     strides = key.stride(), value.stride(), index.stride(), None if each is None else each.stride()
-    launch = _launch(index.shape, sizes, strides, limit, recent, pages, bits, even, key.itemsize)
+    launch = _launch(index.shape, sizes, strides, limit, recent, pages, room, bits, even, key.itemsize)
     pointers = *_arguments(keys), *_arguments(values)
     launch(key, value, index, layout if each is None else each, layout, *pointers)
     return keys, values, layout
@@ -248,11 +252,15 @@ def _launch(
     limit: int,
     recent: int,
     pages: int,
+    room: tuple[int, int],
     bits: int,
     even: bool,
     itemsize: int,
 ) -> Launch:
-    """For this shape of an index, these head sizes, and these strides of keys, values, index and limits."""
+    """For this shape of an index, these head sizes, and these strides of keys, values, index and limits.
+
+    `room`: the pages that a row has room for, and the stride of the layout.
+    """
     rows, heads, width = shape
     group, v_group = map(value_group, sizes)
     (first, rest), (v_first, v_rest) = parts(group), parts(v_group)
@@ -260,21 +268,13 @@ def _launch(
     assert key is not None and value is not None and index is not None
     return Launch(
         pack_kernel, (pages * (sizes[0] // group + sizes[1] // v_group), rows),
-        *key[:3], *value[:3], *index[:2], *each or (0, 0),
-        limit, recent, heads, width, pages,
+        *key[:3], *value[:3], *index[:2], *each or (0, 0), room[1],
+        limit, recent, heads, width, pages, room[0],
         HEADS=power_of_two(heads), SIZE=sizes[0], GROUP=group, FIRST=first, REST=rest, BITS=bits,
         V_SIZE=sizes[1], V_GROUP=v_group, V_FIRST=v_first, V_REST=v_rest,
         PIECE=max(16, v_group & -v_group), EVEN=even, EACH=each is not None,
         num_warps=warps(max(group, v_group), itemsize), maxnreg=REGISTERS,
     )  # fmt: skip
-
-
-def _empty(like: Tensor, pages: tuple[int, int], bits: int, codes: tuple[int, int], scales: tuple[int, ...]) -> Codes:
-    """Pages yet to be written."""
-    if bits == 16:
-        return Codes(like.new_empty(*pages, PAGE, like.shape[-1]), None, None, bits)
-    scale, zero = (like.new_empty(*pages, *scales, dtype=torch.float16) for _ in range(2))
-    return Codes(like.new_empty(*pages, *codes, dtype=torch.uint8), scale, zero, bits)
 
 
 def _arguments(pages: Codes) -> tuple[Tensor, Tensor, Tensor]:
