@@ -27,6 +27,7 @@ from pyramidkv.ops import attention, kernels
 from pyramidkv.ops.append import append
 from pyramidkv.ops.linear import linear
 from pyramidkv.ops.merge import merge
+from pyramidkv.ops.window_scores import window_scores
 
 WAYS: tuple[dict[str, Any], ...] = (
     {"method": "pyramidkv", "window": 13, "keep": 0.3},
@@ -91,6 +92,8 @@ def ops() -> None:
             lse = torch.randn(3, 5, queries, device="cuda")
             for parts in (2, 3):
                 merge([(new, lse)] * parts, torch.empty_like(new))
+        query, key = (torch.randn(3, n, 2501, 80, device="cuda", dtype=dtype) for n in (4, 2))
+        window_scores(query[:, :, -13:], key, 0.1)
 
 
 def not_launched() -> list[str]:

@@ -131,5 +131,8 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scaling: float, causal: bo
 
 def _of_one_row(tensor: Tensor, row: int, begin: int, end: int) -> Tensor:
     """The tokens [begin, end) of a row as (1, H, N, D); its stride to the next row, which is not there, says N only."""
-    part = tensor[row : row + 1, :, begin:end]
-    return part.as_strided(part.shape, (part.numel(), *part.stride()[1:]))
+    _, heads, _, size = tensor.shape
+    rows, *strides = tensor.stride()
+    count = end - begin
+    first = tensor.storage_offset() + row * rows + begin * strides[1]
+    return tensor.as_strided((1, heads, count, size), (heads * count * size, *strides), first)

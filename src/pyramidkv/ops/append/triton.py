@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramidkv.ops.kernels import dense, parts, power_of_two
+from pyramidkv.ops.kernels import dense, parts, power_of_two, tiles
+from pyramidkv.ops.launch import KNOWN, Launch
 
 
 @dataclass(frozen=True)
@@ -79,22 +81,29 @@ def append(
     old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], *, by_token: bool = False, blocks: Blocks | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `naive.append`. Any strides do for what is given, as long as the channels lie side by side."""
-    blocks = blocks or Blocks()
     given = [dense(t) for t in (*old, *new)]
     batch, heads, past, _ = given[0].shape
-    count = given[2].shape[2]
-    slots = past + count
+    slots = past + given[2].shape[2]
     if by_token:
         keys, values = (t.new_empty(batch, slots, heads, t.shape[-1]).transpose(1, 2) for t in given[2:])
     else:
         keys, values = (t.new_empty(batch, heads, slots, t.shape[-1]) for t in given[2:])
-    (first, rest), (v_first, v_rest) = (
-        parts(t.shape[-1]) if blocks.halves else (power_of_two(t.shape[-1]), 0) for t in given[2:]
-    )
     if keys.numel():
-        append_kernel[(triton.cdiv(past, blocks.rows) + triton.cdiv(count, blocks.rows), batch * heads)](
-            *given, keys, values, *(n for t in (*given, keys, values) for n in t.stride()[:3]), heads, past, count,
-            SIZE=keys.shape[-1], FIRST=first, REST=rest, V_SIZE=values.shape[-1], V_FIRST=v_first, V_REST=v_rest,
-            ROWS=blocks.rows, num_warps=blocks.warps,
-        )  # fmt: skip
+        moved = *given, keys, values
+        _launch(keys.shape, values.shape[-1], past, tuple(t.stride() for t in moved), blocks or Blocks())(*moved)
     return keys, values
+
+
+@lru_cache(maxsize=KNOWN)
+def _launch(
+    shape: tuple[int, ...], value_size: int, past: int, strides: tuple[tuple[int, ...], ...], blocks: Blocks
+) -> Launch:
+    """For these keys as they become, of which `past` are old, and these strides of all tensors."""
+    batch, heads, slots, size = shape
+    (first, rest), (v_first, v_rest) = (parts(n) if blocks.halves else (power_of_two(n), 0) for n in (size, value_size))
+    return Launch(
+        append_kernel, (tiles(past, blocks.rows) + tiles(slots - past, blocks.rows), batch * heads),
+        *(n for tensor in strides for n in tensor[:3]), heads, past, slots - past,
+        SIZE=size, FIRST=first, REST=rest, V_SIZE=value_size, V_FIRST=v_first, V_REST=v_rest,
+        ROWS=blocks.rows, num_warps=blocks.warps,
+    )  # fmt: skip

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramidkv.ops.kernels import dense, parts, power_of_two
+from pyramidkv.ops.kernels import dense, parts, power_of_two, tiles
+from pyramidkv.ops.launch import KNOWN, Launch
 from pyramidkv.ops.merge.naive import Part
 
 
@@ -87,19 +89,26 @@ def merge_kernel(
 
 def merge(given: Sequence[Part], out: Tensor, *, blocks: Blocks | None = None) -> None:
     """As `naive.merge`, of two or three parts. Any strides do, as long as the channels lie side by side."""
-    blocks = blocks or Blocks()
-    batch, heads, count, size = out.shape
     if out.stride(-1) != 1:
         raise ValueError("out: its channels must lie side by side")
+    if out.numel() == 0:
+        return
+    three = len(given) == 3
     over = [dense(part) for part, _ in given]
     lses = [lse.float().contiguous() for _, lse in given]
-    three = len(given) == 3
     if not three:
         over.append(over[-1])
         lses.append(lses[-1])
+    strides = tuple(t.stride() for t in (*over, out))
+    _launch(out.shape, strides, three, blocks or Blocks())(*over, *lses, out)
+
+
+@lru_cache(maxsize=KNOWN)
+def _launch(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], three: bool, blocks: Blocks) -> Launch:
+    batch, heads, count, size = shape
     first, rest = parts(size) if blocks.halves else (power_of_two(size), 0)
-    if out.numel():
-        merge_kernel[(triton.cdiv(count, blocks.rows), batch * heads)](
-            *over, *lses, out, *(n for part in (*over, out) for n in part.stride()[:3]), heads, count,
-            SIZE=size, FIRST=first, REST=rest, ROWS=blocks.rows, THREE=three, num_warps=blocks.warps,
-        )  # fmt: skip
+    return Launch(
+        merge_kernel, (tiles(count, blocks.rows), batch * heads),
+        *(n for part in strides for n in part[:3]), heads, count,
+        SIZE=size, FIRST=first, REST=rest, ROWS=blocks.rows, THREE=three, num_warps=blocks.warps,
+    )  # fmt: skip
