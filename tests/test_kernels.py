@@ -32,6 +32,7 @@ OTHERS = [
         "launches",
         "linear",
         "packed_attention",
+        "rotations",
         "split_attention",
         "unpacking",
     )

@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramidkv.ops.kernels import dense, power_of_two
+from pyramidkv.ops.kernels import dense, power_of_two, tiles
+from pyramidkv.ops.launch import KNOWN, Launch
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,31 @@ def rotate_kernel(
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, blocks: Blocks | None = None) -> tuple[Tensor, Tensor]:
     """As `naive.rotate`. Any strides do, as long as the channels lie side by side."""
     query, key, cos, sin = (dense(t) for t in (query, key, cos, sin))
-    blocks = blocks or Blocks()
-    (batch, heads, count, size), kv_heads, rotated = query.shape, key.shape[1], cos.shape[-1]
+    (batch, heads, count, size), kv_heads = query.shape, key.shape[1]
     out = query.new_empty(batch, count, heads, size).transpose(1, 2), key.new_empty(batch, kv_heads, count, size)
-    angles = [t.stride()[:2] if t.shape[0] == batch else (0, t.stride(1)) for t in (cos, sin)]
     if count:
-        rotate_kernel[(heads + kv_heads, triton.cdiv(count, blocks.rows), batch)](
-            query, key, cos, sin, *out, count, *query.stride()[:3], *key.stride()[:3], *angles[0], *angles[1],
-            HEADS=heads, KV_HEADS=kv_heads, SIZE=size, HALF=rotated // 2,
-            LANES=power_of_two(rotated // 2), REST=power_of_two(size - rotated) if size > rotated else 0,
-            ROWS=blocks.rows, num_warps=blocks.warps, enable_fp_fusion=False,  # fused, a product would not be rounded
-        )  # fmt: skip
+        strides = tuple(t.stride() for t in (query, key, cos, sin))
+        launch = _launch(query.shape, kv_heads, cos.shape, sin.shape[0], strides, blocks or Blocks())
+        launch(query, key, cos, sin, *out)
     return out
+
+
+@lru_cache(maxsize=KNOWN)
+def _launch(
+    query: tuple[int, ...],
+    kv_heads: int,
+    cos: tuple[int, ...],
+    sin_rows: int,
+    strides: tuple[tuple[int, ...], ...],
+    blocks: Blocks,
+) -> Launch:
+    """For these shapes, and strides of queries, keys, cosines and sines."""
+    (batch, heads, count, size), rotated = query, cos[-1]
+    angles = [s[:2] if rows == batch else (0, s[1]) for rows, s in ((cos[0], strides[2]), (sin_rows, strides[3]))]
+    return Launch(
+        rotate_kernel, (heads + kv_heads, tiles(count, blocks.rows), batch),
+        count, *strides[0][:3], *strides[1][:3], *angles[0], *angles[1],
+        HEADS=heads, KV_HEADS=kv_heads, SIZE=size, HALF=rotated // 2,
+        LANES=power_of_two(rotated // 2), REST=power_of_two(size - rotated) if size > rotated else 0,
+        ROWS=blocks.rows, num_warps=blocks.warps, enable_fp_fusion=False,  # fused, a product would not be rounded
+    )  # fmt: skip
