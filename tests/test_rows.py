@@ -100,9 +100,38 @@ def test_every_kind_of_storage(name, options, grouped, monkeypatch):
     alike(model(name), ids, torch.ones_like(ids), grouped, monkeypatch, [4], together=320, **options)
 
 
-def test_padded_rows_that_are_packed_go_together(grouped, monkeypatch):
-    ids, mask, _ = padded_batch(LENGTHS)
-    alike(model("llama-4-2-32"), ids, mask, grouped, monkeypatch, [], bits=4, keep=0.6)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gpt_neox-2-2-80", {"bits": 4, "keep": 0.6}),
+        ("gpt_neox-2-2-80", {"method": "auto", "bytes": 1_200_000}),
+        ("llama-4-2-32", {"method": "auto", "keep": 0.6}),
+        ("llama-4-2-32", {"method": "rms", "bits": 8, "heads": "adaptive", "share": 0.5}),
+        ("llama-4-2-32", {"method": "snapkv", "bits": 2, "budget": 120}),
+    ],
+    ids=str,
+)
+def test_padded_rows_that_are_packed(name, options, grouped, monkeypatch):
+    """A group of rows that have nothing to put into pages comes before one that fills many."""
+    ids, mask, _ = padded_batch((12, 20, 9, 200, 90, 200, 131))
+    alike(model(name), ids, mask, grouped, monkeypatch, [4], together=430, recent=8, window=16, room=20, **options)
+
+
+def test_padded_rows_that_are_packed_fill_the_pages_of_the_whole(steps_anywhere, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(rows.row_groups, "__defaults__", (430,))
+    plain = model("llama-4-2-32")
+    ids, mask, _ = padded_batch((12, 20, 9, 200, 90, 200, 131))
+    options = {"method": "auto", "recent": 8, "window": 16, "keep": 0.6}
+    found = []
+    for decode in ("eager", "graph"):
+        with pyramidkv.compress(plain, decode=decode, **options) as session:
+            for prompt in (ids, ids.roll(1, 0)):
+                out = plain.generate(prompt, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0)
+                found.append(out)
+                codes = session.cache.layers[0].storage.pages.keys.codes
+                assert len(codes) == 7 and codes.untyped_storage().nbytes() == codes.nbytes
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    assert session._graph.captures == 1
 
 
 def test_groups():

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pyramidkv.decode.pool import Buffers, Pool
 from pyramidkv.layer import PyramidKVLayer
 from pyramidkv.ops.pages import Pages, PageShape
 from pyramidkv.packed import PackedStorage
+from pyramidkv.plan import limits, shared_pages
 from pyramidkv.ring import QueryRing
 from pyramidkv.storage import Storage
 
@@ -38,10 +40,7 @@ def can_group(cache: PyramidKVCache, inputs: dict[str, Any]) -> bool:
     ours = (isinstance(x, PyramidKVLayer) and not x.drafts and not x.expected for x in cache.layers)
     if not all(ours) or cache.records_past:
         return False
-    if mask is not None and (mask.ndim != 2 or mask.shape != ids.shape):
-        return False
-    # Padded rows may leave some groups with pages and others without.
-    return not cache.config.packs or mask is None or bool(mask.all())
+    return mask is None or (mask.ndim == 2 and mask.shape == ids.shape)
 
 
 def prefill_rows(
@@ -50,7 +49,7 @@ def prefill_rows(
     """Feed a prompt (B, T) to an empty cache, one group of rows after another; returns the logits (B, N, V)."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     counts = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
-    lenders = [Lender(layer.pool, len(ids)) for layer in cache.layers]
+    lenders = [Lender(layer, counts) for layer in cache.layers]
     parts, logits = [], []
     for rows in groups:
         part = cache.empty()
@@ -68,13 +67,18 @@ def prefill_rows(
 
 
 class Lender:
-    """Gives each group of rows, in order, its part of the buffers of the whole batch, where those are to be pooled."""
+    """Gives each group of rows, in order, its part of the buffers of the whole batch, where those are to be pooled.
 
-    def __init__(self, pool: Pool | None, rows: int) -> None:
-        self.pool = pool
+    `layer` is that of the whole batch, whose rows have `counts` real tokens.
+    """
+
+    def __init__(self, layer: PyramidKVLayer, counts: Sequence[int]) -> None:
+        self.pool: Pool | None = layer.pool
         self.whole: Storage | None = None
         self.pages: Pages | None = None
-        self._rows = rows
+        self._layer = layer
+        self._counts = counts
+        self._rows = len(counts)
         self._lent = self._paged = 0
 
     def take(self, key: torch.Size, value: torch.Size, dtype: torch.dtype, device: torch.device) -> Buffers:
@@ -92,8 +96,9 @@ class Lender:
         """The whole goes back to the pool, not its parts."""
 
     def take_pages(self, shape: PageShape, rows: int) -> Pages:
-        """Room for the pages of the next rows."""
+        """Room for the pages of the next rows, which may need fewer than others of the batch."""
         if self.pages is None:
+            shape = shape._replace(pages=self._row_pages(shape))
             free = None if self.pool is None else self.pool.take_pages(shape, self._rows)
             self.pages = shape.room(self._rows) if free is None else free
         here = slice(self._paged, self._paged + rows)
@@ -102,6 +107,14 @@ class Lender:
 
     def lend_pages(self, storage: PackedStorage) -> None:
         """As `lend`."""
+
+    def _row_pages(self, shape: PageShape) -> int:
+        """Pages that a row of the whole batch has."""
+        plan, rank, counts = self._layer.plan, self._layer.rank, self._counts
+        assert self.whole is not None  # the newest slots, which come first
+        allowed = limits(plan, rank, counts, itemsize=self.whole.dtype.itemsize)
+        held = [min(pair) for pair in zip(counts, allowed, strict=True)]
+        return shared_pages(plan.config, shape.heads, held, counts) or shape.pages
 
 
 def join(layer: PyramidKVLayer, parts: Sequence[PyramidKVLayer], lender: Lender) -> None:
@@ -132,7 +145,9 @@ def join(layer: PyramidKVLayer, parts: Sequence[PyramidKVLayer], lender: Lender)
     if packed:
         assert lender.pages is not None
         pages = Pages(lender.pages.keys, lender.pages.values, lender.pages.layout, packed[0].pages.even)
-        layer.storage = PackedStorage(pages, torch.cat([s.bitmap for s in packed]), new)
+        tokens = max(s.bitmap.shape[2] for s in packed)  # of the longest row, eight to a byte
+        bitmaps = [pad(s.bitmap, (0, tokens - s.bitmap.shape[2])) for s in packed]
+        layer.storage = PackedStorage(pages, torch.cat(bitmaps), new)
         if layer.pool is not None:
             layer.pool.lend_pages(layer.storage)
 
