@@ -19,7 +19,7 @@ from pyramidkv.cache import ATTENTION_NAME
 from pyramidkv.decode.step import StepLayer
 from pyramidkv.errors import ConfigError, UnsupportedError
 from pyramidkv.layer import PyramidKVLayer
-from pyramidkv.new_tokens import NewTokens
+from pyramidkv.new_tokens import ONE_REAL, NewTokens
 
 
 def new_tokens(attention_mask: Tensor | None, queries: int) -> NewTokens:
@@ -33,7 +33,9 @@ def new_tokens(attention_mask: Tensor | None, queries: int) -> NewTokens:
             f"attention_mask has shape {tuple(attention_mask.shape)} for {queries} new tokens: it must be "
             "(batch, tokens), with a column for every token seen or at least for every new one"
         )
-    if attention_mask is None or (queries == 1 and attention_mask.device.type != "cpu"):
+    if queries == 1 and (attention_mask is None or attention_mask.device.type != "cpu"):
+        return ONE_REAL
+    if attention_mask is None:
         return NewTokens()
     valid = attention_mask[:, -queries:].to(torch.bool)
     if bool(valid.all()):

@@ -53,3 +53,6 @@ class NewTokens:
         columns = (columns - pads).masked_fill(~self.valid[:, None], -1)
         total = -pads[..., -1:]
         return columns, total if offset is None else offset + total
+
+
+ONE_REAL = NewTokens()  # of a step of decoding, in which nothing is worked out: a constant to what compiles that
