@@ -2,8 +2,8 @@
 
     python benchmarks/rotation_gpu.py
 
-Device time of one layer in a CUDA graph, microseconds: median of 15 replays over three sets of inputs in turn. The floor
-is reading and writing every number once at the rate at which this device copies.
+Device time of one layer in a CUDA graph, microseconds: median of 15 replays over three sets of inputs in turn. The
+floor is reading and writing every number once at the rate at which this device copies.
 """
 
 from __future__ import annotations
