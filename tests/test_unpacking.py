@@ -3,6 +3,7 @@
 The interpreted tests are run by `test_kernels.test_triton_in_its_interpreter`.
 """
 
+import copy
 import itertools
 
 import pytest
@@ -25,7 +26,7 @@ CASES = [
 ]
 
 
-def packed(dtype, bits, sizes, ragged, rows, device="cpu", heads=2, slots=150):
+def packed(dtype, bits, sizes, ragged, rows, device="cpu", heads=2, slots=150, **options):
     """Pages of some heads, some of which have none, and the slots in use of each; pages of no head are NaN."""
     key, value = (random(rows, heads, slots, size, seed=size, dtype=dtype, device=device) * 3 + 1 for size in sizes)
     used = torch.full((rows, heads), slots - 9)
@@ -35,7 +36,7 @@ def packed(dtype, bits, sizes, ragged, rows, device="cpu", heads=2, slots=150):
     index = torch.arange(slots - 9).repeat(rows, heads, 1)
     index = index.masked_fill(torch.arange(slots - 9) < slots - 9 - used[..., None], -1).to(device)
     pages = int(((used + 63) // 64).sum(1).max()) + 1 if ragged else None
-    made = Pages.gather(key, value, index, (used + 9).int().to(device), 9, bits, pages)
+    made = Pages.gather(key, value, index, (used + 9).int().to(device), 9, bits, pages, **options)
     for codes in (made.keys, made.values):
         for name, tensor in codes.tensors().items():
             for row, count in enumerate(made.count.sum(1).tolist()):
@@ -115,6 +116,28 @@ def test_gpu_unpacking(dtype, bits, size, ragged, rows):
 @on_gpu
 def test_gpu_unpacking_of_a_long_prompt():
     assert same_slots(torch.float16, 4, (80, 80), True, 1, "cuda", heads=32, slots=26000)
+
+
+def test_what_was_asked_for_ahead_is_the_same():
+    now, _ = packed(*CASES[0])
+    ahead, _ = packed(*CASES[0], ask=True)
+    assert ahead.asked is not None and copy.deepcopy(ahead).most == ahead.most == now.most > 0
+
+
+@on_gpu
+def test_gpu_packing_and_unpacking_do_not_wait():
+    key, value = (random(2, 4, 700, 80, seed=s, dtype=torch.float16, device="cuda") for s in (1, 2))
+    limits = (torch.arange(8, dtype=torch.int32, device="cuda") * 80 + 30).view(2, 4)
+    index = torch.arange(691, device="cuda").repeat(2, 4, 1)
+    index = index.masked_fill(index < 700 - limits[..., None], -1)
+    for mode in ("default", "error"):  # first compiled, and memory allocated
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            pages = Pages.gather(key, value, index, limits, 9, 4, 60, ask=True)
+            pages.followed_by([key], [value])
+            pages.valid()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def same_positions(rows, heads, tokens, slots, share, device="cpu"):

@@ -159,6 +159,7 @@ class EvictingLayer:
                 padded=padded,
                 dtype=dtype,
                 pool=self.pool,
+                again=self._unfinished or config.slack is not None,
             )
         elif index is None:
             self.storage = Storage.whole(key, value, positions, config.free, dtype, self.pool)

@@ -44,6 +44,7 @@ class PackedStorage:
         padded: bool,
         dtype: torch.dtype | None = None,
         pool: Pool | None = None,
+        again: bool = False,
     ) -> PackedStorage | Storage:
         """The slots `index` (B, H, N), rising behind -1s, of (B, H, K, *) tensors; all but the newest are packed.
 
@@ -60,6 +61,7 @@ class PackedStorage:
             padded: some rows or heads keep fewer than `recent` slots.
             dtype: of what is stored as it is; None: theirs.
             pool: where the buffers come from; None: from torch.
+            again: its length will be asked for soon, by another chunk or eviction.
 
         Returns:
             A plain `Storage` if there is nothing to pack.
@@ -71,7 +73,7 @@ class PackedStorage:
         if bits == 16:
             key, value = (t.detach().to(newest.dtype) for t in (key, value))
         old = index[:, :, :count]
-        packed = Pages.gather(key, value, old, limits, recent, bits, pages, pool)
+        packed = Pages.gather(key, value, old, limits, recent, bits, pages, pool, again)
         storage = cls(packed, pack_positions(positions, old, tokens), newest)
         if pool is not None:
             pool.lend_pages(storage)

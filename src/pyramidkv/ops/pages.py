@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyramidkv.ops.packing import pack
 from pyramidkv.ops.quantize import PAGE, Codes, room_for
+from pyramidkv.ops.read_back import ReadBack
 from pyramidkv.ops.unpacking import unpack
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Pages:
     values: Codes  # of (B, pages, 64, Dv)
     layout: Tensor  # (3, B, H) int32: `first`, `count` and `start`
     even: bool  # all heads have the same number of pages, and those of a row the same slots in use
+    asked: ReadBack | None = None  # `count` on its way to the host
 
     @classmethod
     def gather(
@@ -60,13 +62,14 @@ class Pages:
         bits: int,
         pages: int | None = None,
         pool: Pool | None = None,
+        ask: bool = False,
     ) -> Pages:
         """Pages of the slots `index` (B, H, W) of (B, H, K, *) keys and values; -1s, in front, for none.
 
         `limits` says how many there are, one number a row or (B, H) int32, `recent` others of each head included, which
         go elsewhere. With `pages`, each head gets those that its slots need, and a row has room for that many. Without,
-        every head gets the pages that W slots need. Those of `pool` are used if they serve. Nothing is read back from
-        the device.
+        every head gets the pages that W slots need. Those of `pool` are used if they serve. Nothing waits for the
+        device; with `ask`, nor will `most`.
         """
         rows, heads, width = index.shape
         even = pages is None
@@ -87,7 +90,8 @@ class Pages:
             even,
             (into.keys, into.values, into.layout),
         )
-        return cls(into.keys, into.values, into.layout, even)  # anew: what is known of the pages that lay there is not
+        asked = ReadBack(into.count) if ask and not even else None
+        return cls(into.keys, into.values, into.layout, even, asked)  # what lay there knew other numbers
 
     @property
     def shape(self) -> PageShape:
@@ -138,7 +142,9 @@ class Pages:
     @cached_property
     def most(self) -> int:
         """Pages of the head that has most; where heads differ, this is read back from the device, once."""
-        return self.row_pages // self.layout.shape[2] if self.even else int(self.count.max())
+        if self.even:
+            return self.row_pages // self.layout.shape[2]
+        return int((self.count if self.asked is None else self.asked.get()).max())
 
     def valid(self) -> Tensor:
         """(B, H, 64 * most) bool, False for empty slots."""

@@ -1,0 +1,26 @@
+"""Numbers that the host will need of a device, fetched while both work on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ReadBack:
+    """A small tensor on its way from its device to the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._here = tensor.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        self._there: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._there.record(torch.cuda.current_stream(tensor.device))
+
+    def get(self) -> Tensor:
+        """The tensor on the host, once it is there: waits for what had been launched before it was asked for."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._here
+
+    def __deepcopy__(self, _: object) -> ReadBack:
+        return self  # nothing changes it
