@@ -225,13 +225,13 @@ def main() -> None:
             print(f"[{time.monotonic() - begin:6.1f} s, {time.monotonic() - start:.1f}] {what}: {row}", flush=True)
 
     def outputs() -> None:
-        for method, tokens in (("pyramidkv", arguments.output), ("rms", arguments.output), ("auto", 300)):
+        for method in ("pyramidkv", "rms", "auto"):
             for slack in (None, 128) if arguments.only or method == "auto" else (None, 128, 512, None, 128):
                 options = {"method": method, "budget": arguments.budget}
                 attempt(
                     "outputs", f"{method}, slack={slack}",
-                    lambda o=options, s=slack, n=tokens: write(
-                        loaded.model, o, s, prompt=2 * arguments.budget, new=min(n, arguments.output)
+                    lambda o=options, s=slack: write(
+                        loaded.model, o, s, prompt=2 * arguments.budget, new=arguments.output
                     ),
                 )  # fmt: skip
 

@@ -118,6 +118,24 @@ def test_gpu_unpacking_of_a_long_prompt():
     assert same_slots(torch.float16, 4, (80, 80), True, 1, "cuda", heads=32, slots=26000)
 
 
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_a_page_of_the_same_tokens_comes_out_as_it_went_in(bits):
+    def again(key, value):
+        """Packed, all but the newest 9 slots, and unpacked."""
+        slots = key.shape[2]
+        pages = Pages.gather(key, value, torch.arange(slots - 9).expand(2, 3, -1), [slots, slots], 9, bits)
+        whole = pages.followed_by([key[:, :, -9:]], [value[:, :, -9:]])
+        return [t[:, :, -slots:] for t in whole]
+
+    def more(old, new):
+        return [torch.cat([a, random(2, 3, new, a.shape[3], seed=new)], 2) for a in old]
+
+    once = again(random(2, 3, 200, 80, seed=1), random(2, 3, 200, 32, seed=2))
+    for old, kept in zip(once, again(*more(once, 64)), strict=True):
+        assert torch.equal(kept[:, :, :191], old[:, :, :191])  # without the 9, which were packed for the first time
+    assert not torch.equal(again(*more(once, 63))[0][:, :, :191], once[0][:, :, :191])
+
+
 def test_what_was_asked_for_ahead_is_the_same():
     now, _ = packed(*CASES[0])
     ahead, _ = packed(*CASES[0], ask=True)
