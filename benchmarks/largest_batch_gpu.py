@@ -37,7 +37,7 @@ import pyramidkv
 from pyramidkv.chunks import even_sizes
 from pyramidkv.cli.estimate import Estimate
 from pyramidkv.decode import compiled
-from pyramidkv.evaluate.speed import peak_bytes, reset_peak, synchronize, wait_for_tokens
+from pyramidkv.evaluate.speed import free_unused, peak_bytes, reset_peak, synchronize, wait_for_tokens
 from pyramidkv.models.device import free_bytes
 from pyramidkv.models.source import LoadedModel, load_model
 from pyramidkv.rows import TOGETHER
@@ -127,6 +127,7 @@ def timed(model: Any, ids: Tensor, new: int, **options: Any) -> list[float]:
 def generate(model: Any, engine: Engine, sizes: Sizes, rows: int) -> dict[str, Any]:
     """One batch: its prompts read, then decoded."""
     ids = torch.randint(0, model.config.vocab_size, (rows, sizes.prompt), device=model.device)
+    free_unused(model.device)
     reset_peak(model.device)
     synchronize(model.device)
     begin = time.perf_counter()

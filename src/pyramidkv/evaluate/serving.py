@@ -23,7 +23,7 @@ from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError
 from pyramidkv.evaluate.perplexity import setting
 from pyramidkv.evaluate.schema import Compression, Serving, Spread
-from pyramidkv.evaluate.speed import Engine, cudnn_attention, peak_bytes, reset_peak, synchronize
+from pyramidkv.evaluate.speed import Engine, cudnn_attention, free_unused, peak_bytes, reset_peak, synchronize
 from pyramidkv.plan import Plan
 from pyramidkv.session import compress
 from pyramidkv.shape import cache_shape
@@ -185,6 +185,7 @@ def _serve(model: Any, engine: Engine, requests: Sequence[Request], batch: int) 
         cudnn_attention(engine.cudnn),
         contextlib.nullcontext() if config is None else compress(model, config) as session,
     ):
+        free_unused(device)
         reset_peak(device)
         synchronize(device)
         start = time.perf_counter()

@@ -1,8 +1,9 @@
 """Time and memory of plain `generate()`: TTFT, TPOT, KV bytes, peak memory; engines alternate within one run.
 
 Every engine generates the same number of tokens from the same random prompt. The clock is a stopping criterion, which
-`generate()` calls after each token; it is read when the token is there for the host to read. Where a graph is captured
-or a step compiled, an untimed prompt of the same length goes before: what is timed is a session in use, as a server's.
+`generate()` calls after each token; it is read when the token is there for the host to read. On a GPU an untimed prompt
+of the same length goes before: what is timed is a model in use, as a server's, whose memory is allocated, whose kernels
+are loaded and whose graph is captured.
 """
 
 from __future__ import annotations
@@ -165,13 +166,18 @@ def _generate(model: Any, engine: Engine, ids: Tensor, new_tokens: int) -> _Timi
     if engine.cache_implementation is not None:
         arguments["cache_implementation"] = engine.cache_implementation
     config = None if engine.config is None else replace(engine.config, room=new_tokens)
+    free_unused(device)
     with (
         cudnn_attention(engine.cudnn),
         contextlib.nullcontext() if config is None else compress(model, config) as session,
     ):
-        if session is not None and device.type == "cuda":
-            few = {"max_new_tokens": WARM_UP_TOKENS, "min_new_tokens": WARM_UP_TOKENS, "stopping_criteria": None}
-            model.generate(ids, **arguments | few)
+        if device.type == "cuda":
+            tokens = (
+                new_tokens if engine.cache_implementation == "static" else WARM_UP_TOKENS
+            )  # its size is compiled in
+            few = {"max_new_tokens": tokens, "min_new_tokens": tokens, "stopping_criteria": None}
+            with torch.no_grad():
+                model.generate(ids, **arguments | few)
         reset_peak(device)
         synchronize(device)
         start = time.perf_counter()
@@ -224,11 +230,19 @@ def cudnn_attention(allowed: bool) -> Iterator[None]:
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-def reset_peak(device: torch.device) -> None:
-    """Begin a new peak: of the allocator on a GPU, of the resident set on Linux."""
+def free_unused(device: torch.device) -> None:
+    """Give back the memory that others left behind, before a way of generating has its untimed prompt.
+
+    Not before a timed one: it would wait for every block that it asks the driver for, which a server in use does not.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new peak: of the allocator on a GPU, of the resident set on Linux."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS.exists():
         with contextlib.suppress(OSError):
