@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -211,6 +212,8 @@ def main() -> None:
         arguments.prompt = []
     begin = time.monotonic()
     loaded = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    gc.collect()
+    gc.freeze()  # what is there already is not gone through again: that would take as long as a chunk
     result = Result(
         arguments.out, arguments.device, model=f"{loaded.name}, {arguments.dtype}",
         unit="milliseconds and GB (1e9 bytes), weights included; medians, after one untimed run",

@@ -111,6 +111,31 @@ def test_a_session_feeds_chunks_and_generate_goes_on(name):
     assert torch.equal(out[:, 90:], torch.cat(expected, 1))
 
 
+@pytest.mark.parametrize("name", [NEOX, LLAMA, GEMMA])
+def test_what_nobody_reads_of_the_last_layer_is_not_computed(name, monkeypatch):
+    plain = model(name)
+    ids, mask, _ = padded_batch(LENGTHS)
+    last = plain.get_submodule([n for n, _ in plain.named_modules() if n.endswith("mlp")][-1])
+    seen = []
+    hook = last.register_forward_hook(lambda module, given, out: seen.append(out is given[0]))
+    try:
+        pyramidkv.prefill(plain, ids, cache_for(plain, budget=20), chunk=37, attention_mask=mask)
+        assert seen == [True, True, False]
+        with pytest.raises(RuntimeError, match="no more"), monkeypatch.context() as broken:
+            broken.setattr(PyramidKVLayer, "_evict", lambda *_: (_ for _ in ()).throw(RuntimeError("no more")))
+            pyramidkv.prefill(plain, ids, cache_for(plain, budget=20), chunk=37, attention_mask=mask)
+        plain.set_attn_implementation("sdpa")
+        seen.clear()
+        with pyramidkv.compress(plain, keep=0.4, window=4) as session:
+            cache = session.prefill(ids, chunk=37, attention_mask=mask)
+            assert seen == [True, True, True]
+            plain.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=2, pad_token_id=0)
+            assert not any(seen[3:])
+            assert not any(getattr(layer, "unread", False) for layer in cache.layers)
+    finally:
+        hook.remove()
+
+
 @pytest.mark.parametrize(("tokens", "chunk"), [(1, 5), (5, 5), (6, 5), (4099, 1024), (4096, 1024)])
 def test_chunks_are_even(tokens, chunk):
     sizes = even_sizes(tokens, chunk)

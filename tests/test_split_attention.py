@@ -138,7 +138,8 @@ def test_chunks_read_in_parts_are_chunks_read_at_once(method, monkeypatch):
         cache = PyramidKVCache(plain.config, method=method, room=4, **amount)
         logits = pyramidkv.prefill(plain, ids, cache, chunk=100)
         found.append((logits, [layer.storage.positions for layer in cache.layers]))
-    assert calls.count(True) == 2 * 3 * len(cache.layers)  # rows, chunks behind the first
+    # Two rows, three chunks behind the first; of two of them nobody reads the last layer.
+    assert calls.count(True) == 2 * (3 * len(cache.layers) - 2)
     assert calls.count(False) > 0  # a layer has kept enough for a round number
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError
 from pyramidkv.methods import METHODS
 from pyramidkv.ops.split_attention import STEP
+from pyramidkv.unread import unread
 
 
 def prefill(
@@ -32,6 +34,14 @@ def prefill(
     Raises:
         ConfigError: `chunk` or a shape is not what is allowed, or the cache has seen tokens; nothing was fed.
     """
+    logits = feed(model, input_ids, cache, chunk=chunk, attention_mask=attention_mask, read=True)
+    return logits[:, -1]
+
+
+def feed(
+    model: Any, input_ids: Tensor, cache: PyramidKVCache, *, chunk: int, attention_mask: Tensor | None, read: bool
+) -> Tensor:
+    """As `prefill`; returns the logits (B, 1, V), which are garbage unless they are to be `read`."""
     check_chunk(chunk, cache.config)
     check_tokens(input_ids, attention_mask)
     if cache.get_seq_length() > 0:
@@ -47,15 +57,18 @@ def prefill(
         positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     cache.expect_prompt(counts)
     start = 0
-    for size in even_sizes(tokens, chunk):
-        part = slice(start, start + size)
-        inputs = {} if attention_mask is None else {"attention_mask": attention_mask[:, : part.stop]}
-        if positions is not None:
-            inputs["position_ids"] = positions[:, part]
-        with torch.no_grad():
+    with torch.no_grad(), ExitStack() as idle:
+        idle.enter_context(unread(model, cache))
+        for size in even_sizes(tokens, chunk):
+            part = slice(start, start + size)
+            inputs = {} if attention_mask is None else {"attention_mask": attention_mask[:, : part.stop]}
+            if positions is not None:
+                inputs["position_ids"] = positions[:, part]
+            start += size
+            if read and start == tokens:
+                idle.close()
             out = model(input_ids[:, part], past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
-        start += size
-    logits: Tensor = out.logits[:, -1]
+    logits: Tensor = out.logits
     return logits
 
 

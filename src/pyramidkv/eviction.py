@@ -51,6 +51,7 @@ class EvictingLayer:
         self.scaling = 1.0  # of the logits, as the model last gave it
         self.settled = 0  # columns seen when something was last dropped or packed: `crop` goes back no further
         self.record_past = False  # transformers' word for assisted decoding
+        self.unread = False  # nobody reads what the layer gives to this forward: see `unread.py`
         self.before: Before | None = None  # where this layer was when the newest forward reached it
         self.drafts: int | None = None  # newest tokens of a forward that may be taken back: see `expect_drafts`
 

@@ -173,7 +173,8 @@ class PyramidKVLayer(EvictingLayer, CacheLayerMixin):  # type: ignore[misc]
             out = self._over_stored(query, key, value, scaling, dropout)
         else:
             valid = self.visible(new, query.shape[2], key.shape[2])
-            out = attention(query, key, value, scaling, valid, dropout, holes=self._leaves_holes(new, query.shape[2]))
+            holes = self._leaves_holes(new, query.shape[2])
+            out = query if self.unread else attention(query, key, value, scaling, valid, dropout, holes=holes)
         self.absorb(query, key, value, valid, new, scaling)
         return out
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
-from pyramidkv.chunks import asked_chunk, check_chunk, check_tokens, prefill
+from pyramidkv.chunks import asked_chunk, check_chunk, check_tokens, feed
 from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.graph import DecodeGraph, why_eager
 from pyramidkv.errors import CompressionWarning, ConfigError, PyramidKVError, UnsupportedError
@@ -120,7 +120,7 @@ class Session:
         cache = self._make_cache()
         if input_ids.shape[-1] > 1:
             shown = None if attention_mask is None else attention_mask[:, :-1]
-            prefill(self.model, input_ids[:, :-1], cache, chunk=chunk, attention_mask=shown)
+            feed(self.model, input_ids[:, :-1], cache, chunk=chunk, attention_mask=shown, read=False)
         return cache
 
     def report(self) -> CacheUsage:

@@ -22,7 +22,7 @@ from pyramidkv.ops.merge import Part, merge
 
 LEAST = 1024  # queries: fewer are not worth several launches
 STEP = 256  # queries
-PLANS = 8  # numbers of kept keys between a power of two and the next that cuDNN is asked for; 0: none
+PLANS = 4  # numbers of kept keys between a power of two and the next that cuDNN is asked for; 0: none
 
 # (query (1, Hq, Q, D), key (1, Hkv, K, D), value, scaling, causal from the upper left) to the part.
 Kernel = Callable[[Tensor, Tensor, Tensor, float, bool], Part]
