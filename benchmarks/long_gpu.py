@@ -213,7 +213,7 @@ def main() -> None:
     begin = time.monotonic()
     loaded = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     gc.collect()
-    gc.freeze()  # what is there already is not gone through again: that would take as long as a chunk
+    gc.freeze()  # what is there already is not gone through again in the middle of a prompt
     result = Result(
         arguments.out, arguments.device, model=f"{loaded.name}, {arguments.dtype}",
         unit="milliseconds and GB (1e9 bytes), weights included; medians, after one untimed run",
