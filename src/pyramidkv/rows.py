@@ -27,9 +27,14 @@ if TYPE_CHECKING:
 TOGETHER = 24576  # tokens, padding included: enough to keep a GPU busy
 
 
+def rows_together(tokens: int, together: int = TOGETHER) -> int:
+    """The most rows of `tokens` tokens that are prefilled at once."""
+    return max(together // tokens, 1)
+
+
 def row_groups(rows: int, tokens: int, together: int = TOGETHER) -> list[slice]:
     """The fewest groups of at most `together` tokens, or of one row; all have as many rows, or one more."""
-    number = min(rows, -(-rows // max(together // tokens, 1)))
+    number = min(rows, -(-rows // rows_together(tokens, together)))
     ends = [rows * (i + 1) // number for i in range(number)]
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 

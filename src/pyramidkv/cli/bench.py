@@ -85,6 +85,8 @@ def bench(
 ) -> None:
     """Measure perplexity, recall, time and memory against the full cache; write results.jsonl and a report.
 
+    A run that was cut off goes on with --out DIR --resume.
+
     Examples:
 
         pyramidkv bench

@@ -40,7 +40,8 @@ def packages() -> list[Package]:
         requirement = Requirement(line)
         extra = next((e for e in ("report", "hub") if _only_with(requirement, e)), "")
         if requirement.marker is None or extra:
-            found.append(Package(requirement.name, _version(requirement.name), str(requirement.specifier), extra))
+            wanted = ",".join(sorted(map(str, requirement.specifier), key=lambda bound: bound.startswith("<")))
+            found.append(Package(requirement.name, _version(requirement.name), wanted, extra))
     return found + [Package(name, _version(name), "", name) for name in ("gguf", "triton")]
 
 

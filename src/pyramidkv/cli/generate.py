@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @compression_options()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads it from stdin.")] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from stdin.")] = None,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Read the prompt from a UTF-8 text file.", metavar="FILE")
     ] = None,
@@ -59,7 +59,7 @@ def generate(
 
     Examples:
 
-        pyramidkv generate --file README.md --keep 0.5 -n 64
+        pyramidkv generate --file notes.txt --keep 0.5 -n 64
 
         cat notes.txt | pyramidkv generate - --budget 256 --compare
 

@@ -104,6 +104,7 @@ def _documented() -> dict[str, str]:
     for name in help_of:
         help_of[name] = re.sub(r"`(\w+)`", lambda found: _flag(found[1]), help_of[name])
     help_of["method"] = help_of["method"].replace("`pyramidkv.methods()`", "`pyramidkv doctor`")
+    help_of["layers"] = help_of["layers"].replace("`pyramidkv.calibrate`", "`pyramidkv calibrate`")
     help_of["keep"] += f" {DEFAULT_KEEP} if no amount is given."
     return help_of
 
@@ -119,4 +120,4 @@ def _metavar(name: str, default: Any) -> str:
         return "NUMBERS"
     if name in ("keep", "share") or isinstance(default, float):
         return "NUMBER"
-    return "NAME" if isinstance(default, str) else "N"
+    return "NAME" if isinstance(default, str) or name == "heads" else "N"

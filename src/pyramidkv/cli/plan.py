@@ -18,7 +18,10 @@ _BAR = 24  # characters
 @compression_options()
 def plan(
     model: Annotated[
-        str, typer.Argument(help="A built-in shape such as pythia-2.8b, neox-16m, a folder, a .gguf file or a hub id.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A built-in shape such as pythia-2.8b, neox-16m, a folder, a .gguf file or a hub id."
+        ),
     ] = DEFAULT_MODEL,
     prompt: Annotated[int, typer.Option("--prompt", "-p", min=1, help="Tokens in a row.", metavar="TOKENS")] = 6144,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows.", metavar="ROWS")] = 1,
@@ -101,7 +104,8 @@ def _answer(estimate: Any, model: str, parameters: int, dtype: str, batch: int, 
         "weights_bytes": estimate.weights_bytes,
         "full_kv_bytes": estimate.full_kv_bytes(batch),
         "kv_bytes": estimate.kv_bytes(batch),
-        "activation_bytes": batch * estimate.activation_bytes,
+        "full_activation_bytes": estimate.work_bytes(batch, compressed=False),
+        "activation_bytes": estimate.work_bytes(batch, compressed=True),
         "full_peak_bytes": estimate.peak_bytes(batch, compressed=False),
         "peak_bytes": estimate.peak_bytes(batch, compressed=True),
         "memory_bytes": limit,
@@ -127,7 +131,7 @@ def _show(answer: dict[str, Any]) -> None:
     rows = {
         "weights": ("weights_bytes", "weights_bytes"),
         "keys and values": ("full_kv_bytes", "kv_bytes"),
-        "activations": ("activation_bytes", "activation_bytes"),
+        "activations": ("full_activation_bytes", "activation_bytes"),
         "peak of the prefill": ("full_peak_bytes", "peak_bytes"),
     }
     for label, (full, compressed) in rows.items():
@@ -146,7 +150,10 @@ def _show(answer: dict[str, Any]) -> None:
             f"Largest batch in {size(answer['memory_bytes'])}: {answer['full_largest_batch']} with the full cache, "
             f"[bold]{answer['largest_batch']}[/bold] with {answer['method']}."
         )
-    note("Counted: weights, cache, one layer's activations. Not: CUDA context (about 0.5 GB), fragmentation.")
+    note(
+        "Counted: weights, cache, one layer's activations of the rows prefilled at once. "
+        "Not: CUDA context (about 0.5 GB), fragmentation."
+    )
 
 
 def _layer_table(answer: dict[str, Any]) -> Table:

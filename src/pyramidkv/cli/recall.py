@@ -53,6 +53,8 @@ def recall(
 ) -> None:
     """Ask for facts from a long context that was compressed before the question was known.
 
+    The full cache is always measured beside the methods.
+
     Examples:
 
         pyramidkv recall

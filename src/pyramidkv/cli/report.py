@@ -13,7 +13,10 @@ from pyramidkv.cli.options import Force, Json
 def report(
     results: Annotated[
         list[Path],
-        typer.Argument(help="A results.jsonl of `pyramidkv bench`, or the folder that holds it; several of one model."),
+        typer.Argument(
+            metavar="RESULTS",
+            help="A results.jsonl of `pyramidkv bench`, or the folder that holds it; several of one model.",
+        ),
     ],
     folder: Annotated[
         Path | None,
@@ -23,6 +26,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write a report of one results file, or of several as one: result.png, report.md, report.html.
+
+    With the shape of what each layer kept, if it was measured, in layers.png.
 
     Examples:
 
