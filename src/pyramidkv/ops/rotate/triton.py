@@ -19,7 +19,7 @@ from pyramidkv.ops.launch import KNOWN, Launch
 class Blocks:
     """What a program rotates."""
 
-    rows: int = 32  # tokens of one head
+    rows: int = 8  # tokens of one head
     warps: int = 4
 
 
