@@ -81,7 +81,7 @@ def test_a_prefill_and_a_step_compile(compiled):
     decode_attention(key[:, :, :1], key, key, length, None, 0.1, new, ring)
     pages = Pages.gather(key, key, torch.arange(30).expand(2, 2, 30), [33, 33], 3, 4)
     packed_attention(key[:, :, :1], pages, key, key, length, None, 0.1, new, ring)
-    pages.followed_by([key], [key])
+    pages.followed_by((key, key))
     unpack_positions(torch.zeros(2, 2, 5, dtype=torch.uint8), 64)
     cache = pyramidkv.PyramidKVCache(plain.config, method="pyramidkv", budget=60, slack=8)
     ids, _, _ = padded_batch((300,))

@@ -172,13 +172,13 @@ def check_merge(shape, dtype, number, device="cpu"):
     assert distance(out, expected) < ERROR[dtype]
 
 
-def check_append(shape, dtype, by_token, device="cpu"):
+def check_append(shape, dtype, by_token, device="cpu", front=0):
     _, old, new = case(shape, dtype, device)
     if shape[3] == 64:  # values of another head size
         old, new = (old[0], old[1][..., :40]), (new[0], new[1][..., :40])
-    got = append(old, new, by_token=by_token)
+    got = append(old, new, by_token=by_token, front=front)
     for tensor, a, b in zip(got, old, new, strict=True):
-        assert torch.equal(tensor, torch.cat([a, b], 2))
+        assert torch.equal(tensor[:, :, front:], torch.cat([a, b], 2))
         assert (tensor.transpose(1, 2) if by_token else tensor).is_contiguous()
 
 
@@ -193,6 +193,7 @@ def test_merging_is_a_mean_by_log_sum_exps(dtype, number):
 def test_new_tokens_come_behind_old_ones(by_token):
     for shape in SHAPES:
         check_append(shape, torch.float16, by_token)
+        check_append(shape, torch.float16, by_token, front=7)
 
 
 @interpreted
@@ -201,8 +202,8 @@ def test_the_kernels_interpreted(shape, monkeypatch):
     monkeypatch.setattr(kernels, "why_no_triton", lambda device: None)
     for number, dtype in ((2, torch.float32), (3, torch.bfloat16)):
         check_merge(shape, dtype, number)
-    for by_token in (False, True):
-        check_append(shape, torch.float16, by_token)
+    for by_token, front in ((False, 0), (True, 0), (False, 3)):
+        check_append(shape, torch.float16, by_token, front=front)
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -216,8 +217,8 @@ class TestOnTheGpu:
     def test_the_kernels(self, shape, dtype):
         for number in (2, 3):
             check_merge(shape, dtype, number, "cuda")
-        for by_token in (False, True):
-            check_append(shape, dtype, by_token, "cuda")
+        for by_token, front in ((False, 0), (True, 0), (False, 64), (True, 3)):
+            check_append(shape, dtype, by_token, "cuda", front)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("past", [1, 255, 300, 2048, 5003])

@@ -124,7 +124,7 @@ def test_a_page_of_the_same_tokens_comes_out_as_it_went_in(bits):
         """Packed, all but the newest 9 slots, and unpacked."""
         slots = key.shape[2]
         pages = Pages.gather(key, value, torch.arange(slots - 9).expand(2, 3, -1), [slots, slots], 9, bits)
-        whole = pages.followed_by([key[:, :, -9:]], [value[:, :, -9:]])
+        whole = pages.followed_by((key[:, :, -9:], value[:, :, -9:]))
         return [t[:, :, -slots:] for t in whole]
 
     def more(old, new):
@@ -152,7 +152,7 @@ def test_gpu_packing_and_unpacking_do_not_wait():
         torch.cuda.set_sync_debug_mode(mode)
         try:
             pages = Pages.gather(key, value, index, limits, 9, 4, 60, ask=True)
-            pages.followed_by([key], [value])
+            pages.followed_by((key, value), (key, value))
             pages.valid()
         finally:
             torch.cuda.set_sync_debug_mode("default")

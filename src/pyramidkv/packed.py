@@ -116,13 +116,11 @@ class PackedStorage:
 
     def view(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The keys and values in use, unpacked: a copy, in `dtype` or that of the newest."""
-        key, value = self.new.view(dtype)
-        return self.pages.followed_by([key], [value])
+        return self.pages.followed_by(self.new.view(dtype))
 
     def followed_by(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values in use, unpacked, and (B, H, T, *) new ones behind them; in the dtype of these."""
-        new_key, new_value = self.new.view(key.dtype)
-        return self.pages.followed_by([new_key, key], [new_value, value])
+        return self.pages.followed_by(self.new.view(key.dtype), (key, value))
 
     def valid(self) -> Tensor:
         """(B, length) bool, False for empty slots, or (B, H, length) where heads keep unequal numbers."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from pyramidkv.ops.append import append
 from pyramidkv.ops.packing import pack
 from pyramidkv.ops.quantize import PAGE, Codes, room_for
 from pyramidkv.ops.read_back import ReadBack
@@ -151,23 +152,16 @@ class Pages:
         slot = torch.arange(self.most * PAGE, device=self.start.device)
         return slot >= ((self.most - self.count) * PAGE + self.start)[..., None]
 
-    def followed_by(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values unpacked, (B, H, 64 * most, *), and behind them others, (B, H, T, *), in the dtype of these.
+    def followed_by(
+        self, newest: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values unpacked, (B, H, 64 * most, *), and behind them others and new ones, in the dtype of these.
 
         Each head's slots lie at the end of its pages; the empty ones in front are zeros.
         """
-        old = self.most * PAGE
-        found = []
-        for parts in (keys, values):
-            length = old + sum(t.shape[2] for t in parts)
-            found.append(parts[0].new_empty(*parts[0].shape[:2], length, parts[0].shape[3]))
-        key, value = found
-        unpack(self.keys, self.values, self.layout, (key[:, :, :old], value[:, :, :old]))
-        for whole, parts in ((key, keys), (value, values)):
-            at = old
-            for part in parts:
-                whole[:, :, at : at + part.shape[2]] = part
-                at += part.shape[2]
+        front = self.most * PAGE
+        key, value = append(newest, new or (newest[0][:, :, :0], newest[1][:, :, :0]), front=front)
+        unpack(self.keys, self.values, self.layout, (key[:, :, :front], value[:, :, :front]))
         return key, value
 
     def rows(self, index: Tensor) -> Pages:

@@ -23,7 +23,9 @@ def why_naive(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> str | N
     return kernels.why_no_triton(new[0].device)
 
 
-def append(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], *, by_token: bool = False) -> tuple[Tensor, Tensor]:
+def append(
+    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], *, by_token: bool = False, front: int = 0
+) -> tuple[Tensor, Tensor]:
     """Keys and values with new ones behind them, copies.
 
     The definition, arguments and result are those of `naive.append`; the kernel copies all in one launch.
@@ -32,5 +34,5 @@ def append(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], *, by_token: 
         from pyramidkv.ops.append import triton
 
         with kernels.on(new[0].device):
-            return triton.append(old, new, by_token=by_token)
-    return naive.append(old, new, by_token=by_token)
+            return triton.append(old, new, by_token=by_token, front=front)
+    return naive.append(old, new, by_token=by_token, front=front)

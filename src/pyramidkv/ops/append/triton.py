@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyramidkv.ops.append.naive import room
 from pyramidkv.ops.kernels import dense, parts, power_of_two, tiles
 from pyramidkv.ops.launch import KNOWN, Launch
 
@@ -78,19 +79,22 @@ def append_kernel(
 
 
 def append(
-    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], *, by_token: bool = False, blocks: Blocks | None = None
+    old: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    *,
+    by_token: bool = False,
+    front: int = 0,
+    blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `naive.append`. Any strides do for what is given, as long as the channels lie side by side."""
     given = [dense(t) for t in (*old, *new)]
-    batch, heads, past, _ = given[0].shape
+    past = given[0].shape[2]
     slots = past + given[2].shape[2]
-    if by_token:
-        keys, values = (t.new_empty(batch, slots, heads, t.shape[-1]).transpose(1, 2) for t in given[2:])
-    else:
-        keys, values = (t.new_empty(batch, heads, slots, t.shape[-1]) for t in given[2:])
-    if keys.numel():
-        moved = *given, keys, values
-        _launch(keys.shape, values.shape[-1], past, tuple(t.stride() for t in moved), blocks or Blocks())(*moved)
+    keys, values = (room(t, front + slots, by_token) for t in given[2:])
+    if slots and keys.numel():
+        moved = *given, keys[:, :, front:], values[:, :, front:]
+        shape = *keys.shape[:2], slots, keys.shape[3]
+        _launch(shape, values.shape[-1], past, tuple(t.stride() for t in moved), blocks or Blocks())(*moved)
     return keys, values
 
 

@@ -42,6 +42,6 @@ def packed_attention(
         if ring is not None:
             naive.write(ring, query, naive.ring_slot(length, ring, query.shape[1] // keys.shape[1]))
         length = length + 1
-    all_keys, all_values = pages.followed_by([keys.float()], [values.float()])
+    all_keys, all_values = pages.followed_by((keys.float(), values.float()))
     used = torch.cat([pages.valid(), naive.in_use(keys, length, start)], 2)
     return naive.over(query, all_keys, all_values, used, scaling)
