@@ -91,7 +91,7 @@ def ways(tokens: int, longest: bool) -> list[Way]:
         *full,
         Way("transformers, full cache, cuDNN off"),
         Way("ours, full cache", {"method": "full"}),
-        *(Way("pyramidkv", fixed, chunk) for chunk in (2048, 4096, 8192)),
+        *(Way("pyramidkv", fixed, chunk) for chunk in (2048, 4096, 6144, 8192)),
         Way("rms", fixed | {"method": "rms"}, 4096),
         *(Way("pyramidkv", {"method": "pyramidkv", **quarter}, chunk) for chunk in (4096, 8192)),
         *(Way("auto", {"method": "auto", **quarter}, chunk) for chunk in (2048, 4096, 8192)),

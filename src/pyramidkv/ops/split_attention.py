@@ -14,6 +14,7 @@ depends on how many keys or rows there are. Layers of a pyramid then share their
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,10 +37,8 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> str | 
         return "it is for CUDA"
     if not torch.backends.cuda.cudnn_sdp_enabled():  # type: ignore[no-untyped-call]
         return "cuDNN attention is turned off"
-    if torch.cuda.get_device_capability(query.device)[0] not in (9, 10):
-        return "cuDNN attention is not what torch prefers on this GPU"
-    if (torch.backends.cudnn.version() or 0) <= 91500:  # type: ignore[no-untyped-call]
-        return "torch does not trust cuDNN attention before cuDNN 9.15.1"
+    if reason := _why_not_on(query.device):
+        return reason
     past = key.shape[2] - query.shape[2]
     grouped = query.shape[1] != key.shape[1]
     params = torch.backends.cuda.SDPAParams(query, key[:, :, past:], value[:, :, past:], None, 0.0, True, grouped)
@@ -47,6 +46,15 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> str | 
         return (
             "torch says that cuDNN attention can't be used: torch.backends.cuda.can_use_cudnn_attention has the reason"
         )
+    return None
+
+
+@lru_cache
+def _why_not_on(device: torch.device) -> str | None:
+    if torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return "cuDNN attention is not what torch prefers on this GPU"
+    if (torch.backends.cudnn.version() or 0) <= 91500:  # type: ignore[no-untyped-call]
+        return "torch does not trust cuDNN attention before cuDNN 9.15.1"
     return None
 
 
