@@ -122,7 +122,6 @@ def test_what_a_chunk_needs_compiles(compiled, size):
     for number in (2, 3):
         merge([(key, lse)] * number, torch.empty_like(key))
     assert {name for _, name, *_ in compiled} == {"append_kernel", "merge_kernel"}
-    assert all(kernel.metadata.num_warps == 4 for kernel in compiled.values())
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramidkv.ops.kernels import dense, parts, power_of_two, tiles
+from pyramidkv.ops.kernels import dense, power_of_two, tiles
 from pyramidkv.ops.launch import KNOWN, Launch
 from pyramidkv.ops.merge.naive import Part
 
@@ -22,8 +22,7 @@ class Blocks:
     """What a program merges."""
 
     rows: int = 32  # queries
-    warps: int = 4
-    halves: bool = True  # read a head size like 80 as 64 + 16 rather than as a masked 128
+    warps: int = 8
 
 
 @triton.jit
@@ -33,33 +32,13 @@ def _lse(base, row, there):
     return tl.where(lse == float("inf"), float("-inf"), lse)
 
 
-@triton.jit
-def _channels(
-    one, two, three, out, n1, n2, n3, no, row, there, w1, w2, w3,
-    START: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.constexpr, THREE: tl.constexpr,
-):  # fmt: skip
-    """Channels START to START + WIDE of the rows, merged."""
-    channel = START + tl.arange(0, WIDE)[None, :]
-    inside = there[:, None]
-    if START + WIDE > SIZE:
-        inside = inside & (channel < SIZE)
-    row = row[:, None]
-    a = tl.load(one + row * n1 + channel, mask=inside, other=0.0)
-    b = tl.load(two + row * n2 + channel, mask=inside, other=0.0)
-    total = a.to(tl.float32) * w1[:, None] + b.to(tl.float32) * w2[:, None]
-    if THREE:
-        c = tl.load(three + row * n3 + channel, mask=inside, other=0.0)
-        total += c.to(tl.float32) * w3[:, None]
-    tl.store(out + row * no + channel, total.to(out.dtype.element_ty), mask=inside)
-
-
 @triton.jit(do_not_specialize=["count"])
 def merge_kernel(
     one, two, three, lse1, lse2, lse3, out,
     b1, h1, n1, b2, h2, n2, b3, h3, n3, bo, ho, no, heads, count,
-    SIZE: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, THREE: tl.constexpr,
+    SIZE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, THREE: tl.constexpr,
 ):  # fmt: skip
-    """(tiles of queries, B * H) programs."""
+    """(tiles of queries, B * H) programs. SIZE channels in WIDE lanes."""
     program = tl.program_id(1).to(tl.int64)  # offsets pass 2^31 in large batches
     batch, head = program // heads, program % heads
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -77,14 +56,16 @@ def merge_kernel(
     if THREE:
         total += w3
     total = tl.where(total == 0, 1.0, total)
-    w1, w2, w3 = w1 / total, w2 / total, w3 / total
-    one += batch * b1 + head * h1
-    two += batch * b2 + head * h2
-    three += batch * b3 + head * h3
-    out += batch * bo + head * ho
-    _channels(one, two, three, out, n1, n2, n3, no, row, there, w1, w2, w3, 0, FIRST, SIZE, THREE)
-    if REST > 0:
-        _channels(one, two, three, out, n1, n2, n3, no, row, there, w1, w2, w3, FIRST, REST, SIZE, THREE)
+    channel = tl.arange(0, WIDE)[None, :]
+    inside = there[:, None] & (channel < SIZE)
+    row = row[:, None]
+    a = tl.load(one + batch * b1 + head * h1 + row * n1 + channel, mask=inside, other=0.0)
+    b = tl.load(two + batch * b2 + head * h2 + row * n2 + channel, mask=inside, other=0.0)
+    mean = a.to(tl.float32) * (w1 / total)[:, None] + b.to(tl.float32) * (w2 / total)[:, None]
+    if THREE:
+        c = tl.load(three + batch * b3 + head * h3 + row * n3 + channel, mask=inside, other=0.0)
+        mean += c.to(tl.float32) * (w3 / total)[:, None]
+    tl.store(out + batch * bo + head * ho + row * no + channel, mean.to(out.dtype.element_ty), mask=inside)
 
 
 def merge(given: Sequence[Part], out: Tensor, *, blocks: Blocks | None = None) -> None:
@@ -106,9 +87,8 @@ def merge(given: Sequence[Part], out: Tensor, *, blocks: Blocks | None = None) -
 @lru_cache(maxsize=KNOWN)
 def _launch(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], three: bool, blocks: Blocks) -> Launch:
     batch, heads, count, size = shape
-    first, rest = parts(size) if blocks.halves else (power_of_two(size), 0)
     return Launch(
         merge_kernel, (tiles(count, blocks.rows), batch * heads),
         *(n for part in strides for n in part[:3]), heads, count,
-        SIZE=size, FIRST=first, REST=rest, ROWS=blocks.rows, THREE=three, num_warps=blocks.warps,
+        SIZE=size, WIDE=power_of_two(size), ROWS=blocks.rows, THREE=three, num_warps=blocks.warps,
     )  # fmt: skip
