@@ -74,17 +74,8 @@ MODELS = (PYTHIA, LLAMA)
 
 # One row: rows, warps.
 VECTORS = {2560: [(2, 2), (8, 2)], 10240: [(2, 4), (2, 8)], 4096: [(2, 4), (1, 4)], 14336: [(1, 8), (4, 8)]}
-# Several rows: rows, warps, steps ahead, channels a step and warp.
-SHARED = [
-    (16, 4, 4, 128),
-    (16, 4, 8, 64),
-    (16, 4, 6, 64),
-    (16, 8, 6, 64),
-    (32, 4, 6, 64),
-    (32, 4, 4, 64),
-    (32, 8, 3, 64),
-]
-SPLIT = [(64, 4, 6, 128), (64, 4, 8, 128), (64, 4, 4, 256), (64, 4, 2, 128)]  # channels a step; so many splits:
+# Several rows: rows, warps, steps ahead, channels a step; so many splits:
+SPLIT = [(64, 4, 6, 128), (64, 4, 8, 128), (64, 4, 4, 256), (64, 4, 2, 128)]
 
 
 def splits(outputs: int) -> tuple[int, ...]:
@@ -99,8 +90,7 @@ def variants(rows: int, outputs: int, channels: int) -> dict[str, Blocks]:
     if rows == 1:
         tried = [Blocks(*options, overlap=True) for options in VECTORS[channels]]
     else:
-        tried = [Blocks(*options, overlap=True) for options in SHARED]
-        tried += [Blocks(*options, count, True) for options in SPLIT for count in splits(outputs)]
+        tried = [Blocks(*options, count, True) for options in SPLIT for count in splits(outputs)]
     for blocks in tried:
         if blocks != chosen:
             found[", ".join(str(part) for part in dataclasses.astuple(blocks)[:-1])] = blocks

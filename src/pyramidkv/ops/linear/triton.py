@@ -4,10 +4,9 @@ One row of x: each program takes a few rows of the weight, whole, and its thread
 under way on all multiprocessors to cover the latency of the memory. Every thread has the same channels of each row, so
 that x is read once a program and sums cross the warps once, at the end.
 
-More rows: the weight is the tall operand of the tensor cores, x padded to 8 or 16 rows the other. The warps of a
-program share its rows of the weight and split the channels, those of a step lying side by side; their sums meet at the
-end. With `splits`, all warps multiply tiles of 64 rows together, and channels are split over programs, whose sums a
-second kernel adds in order.
+More rows: the weight is the tall operand of the tensor cores, x padded to 16 rows the other. Where one program for each
+64 rows of the weight would leave the device idle, the channels are split over several, whose sums a second kernel adds in
+order.
 
 A program asks for its first weights before it waits for the kernel that writes x (`overlap`, compute capability 9 and
 later): weights do not depend on it.
@@ -38,8 +37,8 @@ class Blocks:
     rows: int  # of the weight, a program
     warps: int
     ahead: int = 0  # steps under way, of several rows of x
-    wide: int = 0  # channels a step, or a step and warp without `splits`
-    splits: int = 0  # programs over the channels
+    wide: int = 0  # channels a step, of several rows of x
+    splits: int = 1  # programs over the channels
     overlap: bool = False  # start before the kernel in front has ended
 
 
@@ -136,44 +135,6 @@ def _fetch(w, row, swn, first, LINES: tl.constexpr, LINE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M"])
-def rows_kernel(
-    x, w, bias, out, M, N, sxm, swn,
-    K: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
-    PAD: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """(N / ROWS,) programs: the product of up to PAD rows of x with ROWS rows of the weight."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = tl.minimum(row, N - 1)
-    rank = tl.arange(0, PAD)
-    real = rank < M
-    channel = (tl.arange(0, WARPS) * WIDE)[:, None] + tl.arange(0, WIDE)[None, :]
-    if HAS_BIAS:
-        shift = tl.load(bias + there)
-    if OVERLAP:
-        if LINES * LINE <= K:
-            _fetch(w, there, swn, 0, LINES, LINE)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()  # not before: who comes next may count on all but this kernel
-    weights = w + there.to(tl.int64)[None, :, None] * swn + channel[:, None, :]
-    inputs = x + rank[None, None, :] * sxm + channel[:, :, None]
-    sums = tl.zeros([WARPS, ROWS, PAD], tl.float32)
-    for k in tl.range(0, K, WARPS * WIDE, num_stages=AHEAD + 1):
-        if K % (WARPS * WIDE) == 0:
-            weight = tl.load(weights + k, eviction_policy="evict_first")
-            some = tl.load(inputs + k, mask=real[None, None, :], other=0.0)
-        else:
-            inside = k + channel < K
-            weight = tl.load(weights + k, mask=inside[:, None, :], other=0.0, eviction_policy="evict_first")
-            some = tl.load(inputs + k, mask=inside[:, :, None] & real[None, None, :], other=0.0)
-        sums = tl.dot(weight, some, sums)
-    total = tl.trans(tl.sum(sums, 0))
-    if HAS_BIAS:
-        total += shift.to(tl.float32)[None, :]
-    keep = real[:, None] & (row < N)[None, :]
-    tl.store(out + rank[:, None] * N + row[None, :], total.to(out.dtype.element_ty), mask=keep)
-
-
-@triton.jit(do_not_specialize=["M"])
 def dot_kernel(
     x, w, bias, out, part, M, N, sxm, swn,
     K: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr, PAD: tl.constexpr,
@@ -257,15 +218,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, blocks: Blocks | N
         vector_kernel[(triton.cdiv(outputs, blocks.rows),)](
             x, weight, given, out, outputs, weight.stride(0),
             K=channels, ROWS=blocks.rows, WIDE=256 * blocks.warps,
-            HAS_BIAS=bias is not None, OVERLAP=blocks.overlap, num_warps=blocks.warps, **early,
-        )  # fmt: skip
-        return out
-    if not blocks.splits:
-        lines = blocks.ahead * blocks.warps * blocks.wide // LINE
-        rows_kernel[(triton.cdiv(outputs, blocks.rows),)](
-            x, weight, given, out, rows, outputs, x.stride(0), weight.stride(0),
-            K=channels, ROWS=blocks.rows, WIDE=blocks.wide, WARPS=blocks.warps, AHEAD=blocks.ahead,
-            PAD=8 if rows <= 8 else 16, LINES=power_of_two(lines + 1) // 2, LINE=LINE,
             HAS_BIAS=bias is not None, OVERLAP=blocks.overlap, num_warps=blocks.warps, **early,
         )  # fmt: skip
         return out
