@@ -5,8 +5,8 @@ under way on all multiprocessors to cover the latency of the memory. Every threa
 that x is read once a program and sums cross the warps once, at the end.
 
 More rows: the weight is the tall operand of the tensor cores, x padded to 16 rows the other. Where one program for each
-64 rows of the weight would leave the device idle, the channels are split over several, whose sums a second kernel adds in
-order.
+64 rows of the weight would leave the device idle, the channels are split over several, whose sums a second kernel adds
+in order.
 
 A program asks for its first weights before it waits for the kernel that writes x (`overlap`, compute capability 9 and
 later): weights do not depend on it.
