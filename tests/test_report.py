@@ -41,6 +41,8 @@ from pyramidkv.report import (
 )
 from pyramidkv.report import text as numbers
 from pyramidkv.report.series import series_of
+from pyramidkv.report.summary import faster_cell
+from pyramidkv.report.text import faster
 
 FULL = Compression("full", "nothing evicted", 1.0, 2_000_000_000, 2_000_000_000)
 KEPT = Compression("pyramidkv", "keep=0.25 window=32 beta=20", 0.25, 500_000_000, 2_000_000_000)
@@ -204,6 +206,13 @@ def test_time_rows_take_the_best_baseline_of_each_metric() -> None:
     assert [c.value for c in rows["TTFT"][:2]] == ["90.0 ms", "108 ms"]
     assert rows["TTFT"][0].detail.endswith("DynamicCache")
     assert rows["TTFT"][2] == Cell("+20.0% (slower)", tone="worse")
+
+
+def test_a_time_that_is_hardly_shorter_is_no_factor() -> None:
+    assert faster_cell(Spread((0.100,)), Spread((0.098,))) == Cell("-2.0% (faster)", "", "better")
+    assert faster_cell(Spread((0.100,)), Spread((0.095,))) == Cell("x1.1 faster", "-5.0% time", "better")
+    assert faster_cell(Spread((0.100,)), Spread((0.102,))) == Cell("+2.0% (slower)", tone="worse")
+    assert [faster(3.0, after) for after in (1.25, 2.99, 3.0, 3.3)] == ["x2.4 faster", "-0.33%", "+0.00%", "+10.0%"]
 
 
 def test_overlapping_spreads_are_no_difference() -> None:

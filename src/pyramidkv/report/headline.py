@@ -9,7 +9,7 @@ from pyramidkv.report.methods import task_label
 from pyramidkv.report.results import Results, fastest, full_row, full_rows, kv_share, overlap
 from pyramidkv.report.serving import serving_sentence
 from pyramidkv.report.summary import corpus_label, describe, model_suffix
-from pyramidkv.report.text import enumeration, interval, method_name, percent, seconds, share, shares, significant
+from pyramidkv.report.text import enumeration, faster, interval, method_name, seconds, share, shares
 
 
 def headline(results: Results) -> str:
@@ -72,9 +72,6 @@ def _speed(results: Results) -> str:
 def _compared(what: str, after: Spread, baselines: Sequence[Spread]) -> str:
     before = min(baselines, key=lambda spread: spread.median)
     unit_of = max(after.median, before.median)
-    ratio = before.median / after.median
-    verdict = f"x{significant(ratio, 2)} faster" if ratio > 1 else f"{percent(1 / ratio - 1)}"
-    if overlap(before, after):
-        verdict = "spreads overlap"
+    verdict = "spreads overlap" if overlap(before, after) else faster(before.median, after.median)
     times = seconds(after.median, unit_of), seconds(before.median, unit_of)
     return f"{times[0]} {what} (full cache at its best: {times[1]}; {verdict})"

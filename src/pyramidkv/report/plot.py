@@ -29,7 +29,7 @@ from pyramidkv.report.results import (
 from pyramidkv.report.series import Series, series_of
 from pyramidkv.report.style import GREY, RC, WIDTH, png
 from pyramidkv.report.summary import corpus_label, describe
-from pyramidkv.report.text import enumeration, method_name, percent, seconds, share, significant, size
+from pyramidkv.report.text import enumeration, faster, method_name, percent, seconds, share, size
 
 # Inches around the axes of a panel: its title, its ticks and axis label, and the gap to its neighbour.
 _ABOVE, _BELOW, _BETWEEN = 0.36, 0.56, 0.14
@@ -229,16 +229,24 @@ def _recall_lines(results: Results, task: Task, all_series: Sequence[Series]) ->
     """Every method on one task, for a run of several methods at one setting each."""
     rows = results.recall_rows(task)
     full = full_row(rows)
+    of_all, of_each = _of_kv(rows, all_series)
     estimates = [_full_estimate(f"{method_name(FULL)}: {share(full.accuracy)}", full)] if full else []
     estimates += [
-        _accuracy_estimate(
-            f"{series.name}: {share(row.accuracy)}, {share(kv_share(row.compression))} of KV", row, series
-        )
+        _accuracy_estimate(f"{series.name}: {share(row.accuracy)}{of_each(row)}", row, series)
         for series in all_series
         for row in rows
         if series.holds(row.compression)
     ]
-    return _intervals(task_label(results, task), "exact match, %", estimates, "accuracy")
+    return _intervals(f"{task_label(results, task)}{of_all}", "exact match, %", estimates, "accuracy")
+
+
+def _of_kv(rows: Sequence[Recall], all_series: Sequence[Series]) -> tuple[str, Callable[[Recall], str]]:
+    """The share of the KV bytes: for the title of a narrow panel if it is that of all lines, else for each line."""
+    held = [row.compression for row in rows if any(series.holds(row.compression) for series in all_series)]
+    shares = {share(kv_share(compression)) for compression in held}
+    if len(shares) == 1:
+        return f", {shares.pop()} of KV", lambda row: ""
+    return "", lambda row: f", {share(kv_share(row.compression))} of KV"
 
 
 def _accuracies(method: Recall | None, full: Recall | None) -> str:
@@ -316,8 +324,7 @@ def _time_bars(
         if baseline and overlap(times(baseline), measured):
             text += " (spreads overlap)"
         elif baseline:
-            ratio = times(baseline).median / measured.median
-            text += f" (x{significant(ratio, 2)} faster)" if ratio >= 1 else f" ({percent(1 / ratio - 1)})"
+            text += f" ({faster(times(baseline).median, measured.median)})"
         low, value, high = (scale * t for t in (measured.low, measured.median, measured.high))
         theory = row.tpot_floor_seconds * scale if floor and row.tpot_floor_seconds else None
         bars.append(Bar(_engine(results, row), value, low, high, text, _colour(results, row), floor=theory))

@@ -24,7 +24,18 @@ from pyramidkv.report.results import (
     overlap,
 )
 from pyramidkv.report.table import NOT_MEASURED, Cell, Table, Tone
-from pyramidkv.report.text import enumeration, interval, method_name, percent, seconds, share, significant, size, spread
+from pyramidkv.report.text import (
+    enumeration,
+    faster,
+    interval,
+    method_name,
+    percent,
+    seconds,
+    share,
+    significant,
+    size,
+    spread,
+)
 
 RANDOM_WEIGHTS = "random weights"
 _NO_RECORD = "no record in the results file"
@@ -246,13 +257,14 @@ def _time_cell(row: Speed, times: Spread, unit_of: float, *, floor: bool) -> Cel
 
 def faster_cell(before: Spread, after: Spread) -> Cell:
     """How much faster, as a factor, or how much slower, in percent; overlapping spreads are no difference."""
-    ratio = before.median / after.median
-    value = f"x{significant(ratio, 2)} faster" if ratio >= 1 else f"{percent(1 / ratio - 1)} (slower)"
+    value, change = faster(before.median, after.median), percent(after.median / before.median - 1)
+    if value == change:
+        value += " (slower)" if after.median > before.median else " (faster)"
     if overlap(before, after):
         return Cell(value, "spreads overlap: no difference found")
-    if ratio >= 1:
-        return Cell(value, f"{percent(1 / ratio - 1)} time", "better")
-    return Cell(value, tone="worse")
+    if after.median > before.median:
+        return Cell(value, tone="worse")
+    return Cell(value, "" if change in value else f"{change} time", "better")
 
 
 def _throughput_row(pair: _Pair, reasons: _Reasons) -> tuple[Cell, ...]:

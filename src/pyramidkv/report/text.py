@@ -57,6 +57,12 @@ def percent(fraction: float) -> str:
     return f"{_signed(fraction)}%"
 
 
+def faster(before: float, after: float) -> str:
+    """How one time compares with an earlier: a factor where it is much shorter, a percentage where it is not."""
+    ratio = before / after
+    return f"x{significant(ratio, 2)} faster" if ratio >= 1.05 else percent(1 / ratio - 1)
+
+
 def interval(change: Change) -> str:
     """A change with its 95% interval: "+8.4% [+7.1, +9.8]"."""
     return f"{percent(change.value)} {bounds(change)}"
