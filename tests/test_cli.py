@@ -252,6 +252,14 @@ def test_a_message_in_the_words_of_a_command():
             raise ConfigError("share=1: other=2")
 
 
+def test_lm_eval_without_the_harness_is_a_line():
+    """A module that is None in `sys.modules` can't be imported, as one that is not installed."""
+    code = "import sys; sys.modules['lm_eval'] = None; from pyramidkv.cli.harness import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    needed = "error: pyramidkv-lm-eval needs lm-evaluation-harness: pip install 'pyramidkv[lm-eval]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", needed)
+
+
 def test_a_terminal_without_unicode():
     """No character that it can't show ends a command."""
     done = subprocess.run(
