@@ -15,6 +15,7 @@ from pyramidkv.ops.compact import compact
 from pyramidkv.ops.compact import naive as compact_naive
 from pyramidkv.ops.heads import head_limits
 from pyramidkv.ops.heads import naive as heads_naive
+from pyramidkv.ops.pooling import naive as pooling_naive
 from pyramidkv.ops.select import naive as select_naive
 from pyramidkv.ops.select import select, why_naive
 from test_kernels import interpreted, on_gpu
@@ -381,3 +382,40 @@ def test_gpu_compact_in_all_its_variants(rows, warps, halves):
     assert same_compaction(
         (2, 3, 500, 201, 80, 80), torch.float16, torch.float16, "cuda", blocks=Blocks(rows, warps, halves)
     )
+
+
+def pools_alike(shape, kernel, kind, valid, old, device="cpu"):
+    """Whether the kernel pools valid scores as plain torch does; what is left out is NaN."""
+    from pyramidkv.ops.pooling import triton
+
+    rows, heads, slots = shape
+    scores = torch.rand(rows, heads, slots + 3, device=device)[..., :slots]
+    real = None
+    if valid != "all":
+        real = torch.rand(rows, heads if valid == "heads" else 1, slots, device=device) < 0.7
+        scores = scores.masked_fill(~real, math.nan)
+    with poisoned():
+        got = triton.pool(scores, kernel, kind, real, old)
+    expected = pooling_naive.pool(scores, kernel, kind, real, old)
+    if real is not None:
+        got, expected = (x.masked_fill(~real, 0) for x in (got, expected))
+    return torch.allclose(got, expected, rtol=1e-6, atol=0)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["avg", "max"])
+@pytest.mark.parametrize("valid", ["all", "rows", "heads"])
+@pytest.mark.parametrize(
+    ("shape", "kernel", "old"), [((1, 1, 1), 3, None), ((7, 2, 37), 5, 30), ((2, 3, 1100), 7, 1060)]
+)
+def test_interpreted_pooling(shape, kernel, old, kind, valid):
+    assert pools_alike(shape, kernel, kind, valid, old)
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", ["avg", "max"])
+@pytest.mark.parametrize("valid", ["all", "rows", "heads"])
+@pytest.mark.parametrize(("shape", "kernel"), [((1, 32, 6144), 5), ((7, 8, 2049), 7), ((1, 1, 1), 3), ((2, 3, 40), 63)])
+@pytest.mark.parametrize("newest", [0, 32, 100_000])
+def test_gpu_pooling(shape, kernel, kind, valid, newest):
+    assert pools_alike(shape, kernel, kind, valid, max(shape[2] - newest, 0), "cuda")

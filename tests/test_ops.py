@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pyramidkv.ops.attention import attention
+from pyramidkv.ops.pooling import pool
 from pyramidkv.ops.select import select
 from pyramidkv.ops.window_scores import window_scores
-from pyramidkv.scorers import pool
 from pyramidkv.storage import Storage
 
 # batch, query heads, KV heads, head size, queries, keys
@@ -186,6 +186,14 @@ def test_pooling_is_over_real_neighbours(kind, kernel, padded, keys):
                 column = scores[b, :, near]
                 expected = column.mean(-1) if kind == "avg" else column.amax(-1)
                 torch.testing.assert_close(got[b, :, j], expected)
+
+
+@pytest.mark.parametrize("old", [0, 1, 10, 11])
+def test_pooling_leaves_the_newest_alone(old):
+    scores = torch.rand(3, 2, 11)
+    got = pool(scores, 5, "avg", old=old)
+    assert torch.equal(got[..., old:], scores[..., old:])
+    assert torch.equal(got[..., :old], pool(scores[..., :old], 5, "avg"))
 
 
 def test_pooling_nothing():

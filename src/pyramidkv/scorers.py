@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, max_pool1d
 
 from pyramidkv.config import CompressionConfig
 from pyramidkv.methods import register
 from pyramidkv.ops.band_scores import band_scores
+from pyramidkv.ops.pooling import pool
 from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores import window_scores
 from pyramidkv.rotary import Rotary
@@ -90,9 +90,7 @@ class WindowScorer(Scorer):
     def _pooled(self, scores: Tensor, valid: Tensor | None) -> Tensor:
         # The newest tokens are kept anyway; their high scores must not lift their neighbours.
         old = max(scores.shape[-1] - self.config.recent, 0)
-        valid = None if valid is None else valid[..., :old]
-        scores[..., :old] = pool(scores[..., :old], self.config.kernel, self.config.pooling, valid)
-        return scores
+        return pool(scores, self.config.kernel, self.config.pooling, valid, old)
 
 
 @register("rms", window=1024, recent=32, kernel=1)
@@ -206,21 +204,3 @@ class RandomScorer(Scorer):
         for shift, factor in ((16, 0x45D9F3B), (15, 0x2C1B3C6D), (16, 0x297A2D39)):
             mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
         return mixed.float()
-
-
-def pool(scores: Tensor, kernel: int, kind: str, valid: Tensor | None = None) -> Tensor:
-    """Each score averaged ("avg") or maximised ("max") with its neighbours, `kernel` tokens wide.
-
-    `scores` is (B, H, K); `valid` (B, 1 or H, K) bool leaves tokens out, as the two ends of the sequence are left out.
-    """
-    if kernel == 1 or scores.shape[-1] == 0:
-        return scores
-    pad = kernel // 2
-    if kind == "max":
-        shown = scores if valid is None else scores.masked_fill(~valid, 0.0)  # attention is never below 0
-        return max_pool1d(shown, kernel, stride=1, padding=pad)
-    if valid is None:
-        return avg_pool1d(scores, kernel, stride=1, padding=pad, count_include_pad=False)
-    total = avg_pool1d(scores.masked_fill(~valid, 0.0), kernel, stride=1, padding=pad)
-    share = avg_pool1d(valid.float(), kernel, stride=1, padding=pad)
-    return total / share.clamp(min=1 / (2 * kernel))  # no valid neighbour: the score is 0 either way
