@@ -82,13 +82,10 @@ def ops() -> None:
         for rows in (1, 3, 16):
             x, weight = torch.randn(rows, 2072, device="cuda", dtype=dtype), torch.randn(70, 2072, device="cuda")
             linear(x, weight.to(dtype), torch.randn(70, device="cuda", dtype=dtype))
-            if rows > 1:
-                from pyramidkv.ops.linear import triton
-
-                triton.linear(x, weight.to(dtype), None, blocks=triton.Blocks(16, 4, 6, 64))
         for size, past, queries in ((80, 33, 65), (64, 1, 31), (128, 70, 1)):
             new, old = (torch.randn(3, n, 5, size, device="cuda", dtype=dtype).transpose(1, 2) for n in (queries, past))
-            append((old, old.contiguous()), (new, new.contiguous()))
+            for by_token in (False, True):
+                append((old, old.contiguous()), (new, new.contiguous()), by_token=by_token, front=3)
             lse = torch.randn(3, 5, queries, device="cuda")
             for parts in (2, 3):
                 merge([(new, lse)] * parts, torch.empty_like(new))
