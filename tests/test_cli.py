@@ -400,6 +400,7 @@ def test_generate_says_when_nothing_was_compressed(byte_model):
     done = run("generate", "short", "-m", byte_model, "-n", "2")
     assert done.exit_code == 0
     assert "warning: --keep 0.25: nothing was compressed" in done.stderr
+    assert "\nwarning: " in done.output  # behind the text, on a line of its own
 
 
 def test_generate_compares(byte_model):

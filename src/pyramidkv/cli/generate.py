@@ -101,13 +101,13 @@ def generate(
         show = (lambda piece: None) if as_json else _print_piece
         seen = ids.shape[1] if past is None else past.get_seq_length() + ids.shape[1]
         compressed = stream.generate(loaded.model, loaded.tokenizer, ids, new_tokens=new_tokens, past=past, show=show)
+        if not as_json:
+            typer.echo()  # here, so that a warning of the session's begins a line of its own
         usage = session.report()
         if save_cache is not None:
             session.cache.crop(seen - session.cache.get_seq_length())
             with called(path="save_cache"):
                 session.cache.save(save_cache, overwrite=force)
-    if not as_json:
-        typer.echo()
     full = None
     if compare:
         full = stream.generate(loaded.model, loaded.tokenizer, ids, new_tokens=new_tokens)
