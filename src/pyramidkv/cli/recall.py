@@ -16,8 +16,8 @@ from pyramidkv.cli.output import calm_libraries, json_out, keeping, out
 
 
 @compression_options(
-    "budget", "share", "bytes", "window", "recent", "kernel", "pooling", "heads", "beta", "sinks", "seed", "bits",
-    "kv_dtype",
+    "budget", "share", "bytes", "window", "recent", "kernel", "pooling", "heads", "beta", "layers", "sinks", "seed",
+    "bits", "kv_dtype",
 )  # fmt: skip
 def recall(
     model: Model = "neox-16m",
