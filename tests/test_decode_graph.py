@@ -11,8 +11,8 @@ import pyramidkv
 from families import NAMES, model, padded_batch
 from pyramidkv.decode import graph as graphs
 from pyramidkv.decode import products
-from pyramidkv.decode.pool import Pool
 from pyramidkv.layer import PyramidKVLayer
+from pyramidkv.pool import Pool
 from pyramidkv.storage import Storage
 
 PLAIN = [name for name in NAMES if not name.startswith("gemma3")]  # no sliding layers

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyramidkv.decode.pool import Pool
 from pyramidkv.errors import ConfigError
 from pyramidkv.new_tokens import NewTokens
 from pyramidkv.ops.compact import Slots
@@ -19,6 +18,7 @@ from pyramidkv.ops.select import select
 from pyramidkv.packed import PackedStorage
 from pyramidkv.parallel import first_head
 from pyramidkv.plan import Plan, decoding_limits, limits, ring_size, shared_pages
+from pyramidkv.pool import Pool
 from pyramidkv.recovery import Before
 from pyramidkv.ring import QueryRing
 from pyramidkv.rotary import Rotary

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyramidkv.decode.pool import Pool
 from pyramidkv.ops.bitmap import pack_positions, unpack_positions
 from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import PAGE, key_bytes, value_bytes
 from pyramidkv.ops.valid import joined
+from pyramidkv.pool import Pool
 from pyramidkv.storage import Spec, Storage
 
 
@@ -73,7 +73,8 @@ class PackedStorage:
         if bits == 16:
             key, value = (t.detach().to(newest.dtype) for t in (key, value))
         old = index[:, :, :count]
-        packed = Pages.gather(key, value, old, limits, recent, bits, pages, pool, again)
+        found = None if pool is None else pool.take_pages
+        packed = Pages.gather(key, value, old, limits, recent, bits, pages, found, again)
         storage = cls(packed, pack_positions(positions, old, tokens), newest)
         if pool is not None:
             pool.lend_pages(storage)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pyramidkv.decode.pool import Buffers, Pool
 from pyramidkv.layer import PyramidKVLayer
 from pyramidkv.ops.pages import Pages, PageShape
 from pyramidkv.packed import PackedStorage
 from pyramidkv.plan import limits, shared_pages
+from pyramidkv.pool import Buffers, Pool
 from pyramidkv.ring import QueryRing
 from pyramidkv.storage import Storage
 

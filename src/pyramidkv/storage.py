@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyramidkv.decode.pool import Pool
 from pyramidkv.ops.append import append
 from pyramidkv.ops.compact import compact
 from pyramidkv.ops.split_attention import wants_tokens
+from pyramidkv.pool import Pool
 
 POSITION_BYTES = 4  # int32
 

@@ -21,11 +21,11 @@ from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.ahead import Ahead
 from pyramidkv.decode.compiled import compiled_step
 from pyramidkv.decode.evictions import Evictions
-from pyramidkv.decode.pool import Pool
 from pyramidkv.decode.step import PLACES, Place, Step, StepCache, step_of
 from pyramidkv.ops import kernels
 from pyramidkv.ops.pages import Pages
 from pyramidkv.packed import PackedStorage
+from pyramidkv.pool import Pool
 from pyramidkv.ring import QueryRing
 from pyramidkv.shape import cache_shape
 from pyramidkv.storage import Storage

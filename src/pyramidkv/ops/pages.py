@@ -7,10 +7,10 @@ any batch: the empty slots, `start` of them, lie at the front of a head's first 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from pyramidkv.ops.packing import pack
 from pyramidkv.ops.quantize import PAGE, Codes, room_for
 from pyramidkv.ops.read_back import ReadBack
 from pyramidkv.ops.unpacking import unpack
-
-if TYPE_CHECKING:
-    from pyramidkv.decode.pool import Pool
 
 
 class PageShape(NamedTuple):
@@ -62,15 +59,15 @@ class Pages:
         recent: int,
         bits: int,
         pages: int | None = None,
-        pool: Pool | None = None,
+        found: Callable[[PageShape, int], Pages | None] | None = None,
         ask: bool = False,
     ) -> Pages:
         """Pages of the slots `index` (B, H, W) of (B, H, K, *) keys and values; -1s, in front, for none.
 
         `limits` says how many there are, one number a row or (B, H) int32, `recent` others of each head included, which
         go elsewhere. With `pages`, each head gets those that its slots need, and a row has room for that many. Without,
-        every head gets the pages that W slots need. Those of `pool` are used if they serve. Nothing waits for the
-        device; with `ask`, nor will `most`.
+        every head gets the pages that W slots need. They are written into what `found` has for a shape and a number of
+        rows, if anything. Nothing waits for the device; with `ask`, nor will `most`.
         """
         rows, heads, width = index.shape
         even = pages is None
@@ -78,8 +75,7 @@ class Pages:
             pages = heads * -(-width // PAGE)
         dtype = key.dtype if bits == 16 else torch.uint8
         shape = PageShape(heads, pages, even, bits, (key.shape[3], value.shape[3]), dtype, key.device)
-        free = None if pool is None else pool.take_pages(shape, rows)
-        into = shape.room(rows) if free is None else free
+        into = (None if found is None else found(shape, rows)) or shape.room(rows)
         pack(
             key.detach(),
             value.detach(),
