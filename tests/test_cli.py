@@ -545,6 +545,9 @@ def test_recall_takes_every_amount(byte_model):
     assert full["kv_bytes_share"] == 1 and 0.4 < packed["kv_bytes_share"] <= 0.5 and "bits=8" in packed["setting"]
     by_layer = run(*common, "--method", "auto", "--share", 0.5, "--layers", "0.5,1,1.5")
     assert "layers=" in json.loads(by_layer.stdout)[1]["setting"], by_layer.output
+    for options, aware in (((), False), (("--question-aware",), True)):
+        rows = json.loads(run(*common, "--method", "snapkv", "--keep", 0.5, *options).stdout)
+        assert [row["question_aware"] for row in rows] == [aware, aware]
     assert [r["setting"] for r in json.loads(run(*common, "--method", "snapkv").stdout)[1:]] == [
         f"keep={keep}" for keep in (0.5, 0.25, 0.125)
     ]

@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from matplotlib.lines import Line2D
 from rich.console import Console
 
 from pyramidkv import ConfigError, DataError
@@ -35,6 +36,7 @@ from pyramidkv.report import (
     engines_table,
     headline,
     methods_table,
+    plot,
     summary_table,
     workload_tables,
     write,
@@ -686,3 +688,19 @@ def assert_drawn(path: Path, *, width: int) -> None:
     assert 0.01 < ink < 0.9
     assert (pixels.max(axis=2) - pixels.min(axis=2) > 0.3).mean() > 0.001
     assert math.isfinite(float(pixels.mean()))
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [(["full", "auto"], 4), (["echo heads=adaptive", "auto"], 3), (["a name of thirty characters...", "auto"], 2)],
+)
+def test_a_legend_has_as_many_columns_as_its_names_fit_in(names: list[str], columns: int) -> None:
+    handles = [Line2D([], [], label=name) for name in names]
+    assert plot._columns(handles) == columns
+    assert [handle.get_label() for handle in handles] == names
+
+
+def test_a_name_that_is_too_long_for_a_legend_is_cut() -> None:
+    handle = Line2D([], [], label="auto layers=(" + "1.0, " * 30)
+    assert plot._columns([handle]) == 2
+    assert len(str(handle.get_label())) < 40 and str(handle.get_label()).endswith("…")

@@ -293,7 +293,10 @@ def _recall(settings: Settings, loaded: LoadedModel, file: _File, progress: Prog
             continue
         examples = tasks.make_examples(task, n=settings.recall_examples, tokens=length, count_tokens=count, seed=0)
         mine = file.ranks.mine(examples)
-        steps = recall.measure(loaded.model, loaded.tokenizer, loaded.name, mine, settings.configs, context=length)
+        steps = recall.measure(
+            loaded.model, loaded.tokenizer, loaded.name, mine, settings.configs,
+            context=length, question_aware=settings.question_aware,
+        )  # fmt: skip
         file.add(job, merge(file.ranks.gather(_last(steps, job, len(mine), progress))))
 
 

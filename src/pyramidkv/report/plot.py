@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from pyramidkv.evaluate.schema import Perplexity, Recall, Speed, Spread, accuracy_interval
 from pyramidkv.report.methods import task_label
-from pyramidkv.report.panels import Bar, Bars, Curve, Curves, Estimate, Intervals, Kind, Panel, Point
+from pyramidkv.report.panels import Bar, Bars, Curve, Curves, Estimate, Intervals, Kind, Panel, Point, fit
 from pyramidkv.report.results import (
     FULL,
     Corpus,
@@ -67,7 +67,8 @@ def result_caption(results: Results) -> str:
 def _figure(results: Results, rows: Sequence[Sequence[Panel]]) -> Figure:
     """Placed by hand, in inches: panels of very different heights stay aligned, however many there are."""
     handles = _legend(results, rows)
-    legend = _LEGEND * -(-len(handles) // _LEGEND_COLUMNS) + 0.1 if handles else 0.0
+    columns = _columns(handles)
+    legend = _LEGEND * -(-len(handles) // columns) + 0.1 if handles else 0.0
     heights = [_ABOVE + max(panel.height for panel in row) + _BELOW for row in rows]
     total = legend + sum(heights)
     figure = Figure(figsize=(WIDTH, total))
@@ -85,7 +86,7 @@ def _figure(results: Results, rows: Sequence[Sequence[Panel]]) -> Figure:
                 axes.set_ylabel("")  # the same as its neighbour's
         top -= height
     if handles:
-        figure.legend(handles=handles, loc="upper center", ncols=_LEGEND_COLUMNS, handlelength=2.2, columnspacing=1.4)
+        figure.legend(handles=handles, loc="upper center", ncols=columns, handlelength=2.2, columnspacing=1.4)
     return figure
 
 
@@ -104,6 +105,17 @@ def _legend(results: Results, rows: Sequence[Sequence[Panel]]) -> list[Line2D]:
             Line2D([], [], color=series.colour, marker="o", markersize=8, linewidth=2.2, label=series.name),
         ]
     return []
+
+
+def _columns(handles: Sequence[Line2D]) -> int:
+    """The most columns that their names fit in; a name that is too long for two is cut."""
+    for columns in range(_LEGEND_COLUMNS, 1, -1):
+        width = WIDTH / columns - 0.4  # of the line or the mark
+        if all(fit(str(handle.get_label()), width) == handle.get_label() for handle in handles):
+            return columns
+    for handle in handles:
+        handle.set_label(fit(str(handle.get_label()), width))
+    return columns
 
 
 def _handle(series: Series) -> Line2D:
