@@ -9,7 +9,7 @@ it has met, in an `lru_cache`, and gives it nothing but tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -45,3 +45,25 @@ class Launch:
         found = self._kernel[self._grid](*tensors, *self._numbers, **self._named)
         if found is not None:  # by the interpreter
             self._compiled[kind] = found[self._grid]
+
+
+class Shapes(NamedTuple):
+    """What a launch over queries (B, Hq, Q, D) and keys (B, Hkv, K, D) follows from."""
+
+    query: tuple[int, ...]
+    query_strides: tuple[int, ...]
+    key: tuple[int, ...]
+    key_strides: tuple[int, ...]
+    itemsize: int  # bytes of a number of the keys
+    mask_strides: tuple[int, int] | None  # from row to row and from head to head of which keys are real; None: no mask
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, real: Tensor | None) -> Shapes:
+        """`real` is (B, 1 or Hkv, K)."""
+        strides = None if real is None else (real.stride(0), real.stride(1) if real.shape[1] > 1 else 0)
+        return cls(query.shape, query.stride(), key.shape, key.stride(), key.itemsize, strides)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Those that a kernel is given: three of queries, three of keys, two of the mask."""
+        return *self.query_strides[:3], *self.key_strides[:3], *(self.mask_strides or (0, 0))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyramidkv.ops.band_scores.naive import NEAR, SPAN, STRIDE, same_tokens
 from pyramidkv.ops.kernels import dense, parts, power_of_two, tiles
-from pyramidkv.ops.launch import KNOWN, Launch
+from pyramidkv.ops.launch import KNOWN, Launch, Shapes
 from pyramidkv.ops.turn.triton import turn
 from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores.triton import _product, _tile, log_sum_exp
@@ -165,36 +165,30 @@ def near_scores(
 ) -> Tensor:
     """Pass 2: the scores, (B, Hkv, K) float32, from the log2-sum-exps of pass 1."""
     cos, sin = (t.contiguous() for t in angles) if angles else (lse, lse)  # the latter are not read
-    strides = None if real is None else (real.stride(0), real.stride(1) if real.shape[1] > 1 else 0)
     half = cos.shape[-1] if angles else 0
-    shapes = query.shape, query.stride(), key.shape, key.stride(), key.itemsize
+    passing = _second_pass(Shapes.of(query, key, real), scaling, half, blocks)
     out = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
-    _second_pass(*shapes, strides, scaling, half, blocks)(query, key, key if real is None else real, lse, cos, sin, out)
+    passing(query, key, key if real is None else real, lse, cos, sin, out)
     return out
 
 
 @lru_cache(maxsize=KNOWN)
 def _second_pass(
-    query: tuple[int, ...],
-    query_strides: tuple[int, ...],
-    key: tuple[int, ...],
-    key_strides: tuple[int, ...],
-    itemsize: int,
-    mask_strides: tuple[int, int] | None,
+    shapes: Shapes,
     scaling: float,
     half: int,
     blocks: Blocks | None,
 ) -> Launch:
     """The launch of pass 2 for these shapes and strides; `half` pairs of channels are turned."""
-    batch, heads, keys, size = query
-    kv_heads = key[1]
-    blocks = blocks or choose(size, itemsize)
+    batch, heads, keys, size = shapes.query
+    kv_heads = shapes.key[1]
+    blocks = blocks or choose(size, shapes.itemsize)
     first, rest = parts(size)
     return Launch(
         band_kernel, (tiles(keys, blocks.queries - 2 * SPAN), batch * kv_heads),
-        *query_strides[:3], *key_strides[:3], *mask_strides or (0, 0), scaling * math.log2(math.e),
+        *shapes.strides, scaling * math.log2(math.e),
         keys, kv_heads, heads // kv_heads,
         SPAN=SPAN, NEAR=NEAR, STRIDE=STRIDE, HALF=half,
         SIZE=size, FIRST=first, REST=rest, QUERIES=blocks.queries, KEYS=power_of_two(blocks.queries + 2 * NEAR),
-        HAS_VALID=mask_strides is not None, **blocks.options(),
+        HAS_VALID=shapes.mask_strides is not None, **blocks.options(),
     )  # fmt: skip

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyramidkv.ops.kernels import dense, parts, power_of_two, processors, tiles
-from pyramidkv.ops.launch import KNOWN, Launch
+from pyramidkv.ops.launch import KNOWN, Launch, Shapes
 from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores.naive import askers, terms
 
@@ -331,8 +331,8 @@ def log_sum_exp(
 
     `masks`, uint8: which keys are real, (B, 1 or Hkv, K), and which queries count, (B, W).
     """
-    shapes = query.shape, query.stride(), key.shape, key.stride(), key.itemsize
-    splits, passing, join = _first_pass(*shapes, _strides(masks), scaling, behind, blocks, processors(key.device))
+    shapes = Shapes.of(query, key, None if masks is None else masks[0])
+    splits, passing, join = _first_pass(shapes, scaling, behind, blocks, processors(key.device))
     batch, heads, window, _ = query.shape
     part = torch.empty(*splits, batch, heads, window, dtype=torch.float32, device=key.device)
     passing(query, key, *((key, key) if masks is None else masks), part)
@@ -345,22 +345,17 @@ def log_sum_exp(
 
 @lru_cache(maxsize=KNOWN)
 def _first_pass(
-    query: tuple[int, ...],
-    query_strides: tuple[int, ...],
-    key: tuple[int, ...],
-    key_strides: tuple[int, ...],
-    itemsize: int,
-    mask_strides: tuple[int, int] | None,
+    shapes: Shapes,
     scaling: float,
     behind: bool,
     blocks: Blocks | None,
     processors: int,
 ) -> tuple[tuple[int, ...], Launch, Launch | None]:
     """The launch of pass 1 for these shapes and strides; with splits, their number and the launch that joins them."""
-    batch, heads, window, size = query
-    kv_heads, keys = key[1], key[2]
+    batch, heads, window, size = shapes.query
+    kv_heads, keys = shapes.key[1:3]
     groups = heads // kv_heads
-    blocks = blocks or lse_blocks(groups * window, size, itemsize)
+    blocks = blocks or lse_blocks(groups * window, size, shapes.itemsize)
     pack = window < blocks.rows
     row_tiles = tiles(groups * window, blocks.rows) if pack else groups * tiles(window, blocks.rows)
     # Enough programs for two on each multiprocessor, but at least four blocks of keys a program.
@@ -370,11 +365,10 @@ def _first_pass(
     first, rest = parts(size)
     launch = Launch(
         lse_kernel, (row_tiles, splits, batch * kv_heads),
-        *query_strides[:3], *key_strides[:3], *mask_strides or (0, 0),
-        window if mask_strides else 0, scaling * math.log2(math.e),
+        *shapes.strides, window if shapes.mask_strides else 0, scaling * math.log2(math.e),
         window, keys, keys if behind else keys - window, kv_heads, groups, span,
         SIZE=size, FIRST=first, REST=rest, ROWS=blocks.rows, KEYS=blocks.keys,
-        PACK=pack, HAS_VALID=mask_strides is not None, **blocks.options(),
+        PACK=pack, HAS_VALID=shapes.mask_strides is not None, **blocks.options(),
     )  # fmt: skip
     if splits == 1:
         return (), launch, None
@@ -397,8 +391,8 @@ def probability_sums(
     blocks: Blocks | None = None,
 ) -> Tensor:
     """Pass 2: the power means, (B, Hkv, K) float32; with `masks` the bare sums of powers."""
-    shapes = query.shape, query.stride(), key.shape, key.stride(), key.itemsize
-    passing = _second_pass(*shapes, _strides(masks), scaling, power, per_visible, behind, blocks)
+    shapes = Shapes.of(query, key, None if masks is None else masks[0])
+    passing = _second_pass(shapes, scaling, power, per_visible, behind, blocks)
     out = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
     passing(query, key, key if masks is None else masks[0], lse, out)
     return out
@@ -406,12 +400,7 @@ def probability_sums(
 
 @lru_cache(maxsize=KNOWN)
 def _second_pass(
-    query: tuple[int, ...],
-    query_strides: tuple[int, ...],
-    key: tuple[int, ...],
-    key_strides: tuple[int, ...],
-    itemsize: int,
-    mask_strides: tuple[int, int] | None,
+    shapes: Shapes,
     scaling: float,
     power: int,
     per_visible: bool,
@@ -419,23 +408,16 @@ def _second_pass(
     blocks: Blocks | None,
 ) -> Launch:
     """The launch of pass 2 for these shapes and strides."""
-    batch, heads, window, size = query
-    kv_heads, keys = key[1], key[2]
+    batch, heads, window, size = shapes.query
+    kv_heads, keys = shapes.key[1:3]
     groups = heads // kv_heads
-    blocks = blocks or sum_blocks(groups * window, size, itemsize)
+    blocks = blocks or sum_blocks(groups * window, size, shapes.itemsize)
     first, rest = parts(size)
     return Launch(
         sum_kernel, (tiles(keys, blocks.keys), batch * kv_heads),
-        *query_strides[:3], *key_strides[:3], *mask_strides or (0, 0), scaling * math.log2(math.e),
+        *shapes.strides, scaling * math.log2(math.e),
         window, keys, keys if behind else keys - window, kv_heads, groups,
         POWER=power, PER_VISIBLE=per_visible,
         SIZE=size, FIRST=first, REST=rest, ROWS=blocks.rows, KEYS=blocks.keys,
-        PACK=window < blocks.rows, HAS_VALID=mask_strides is not None, **blocks.options(),
+        PACK=window < blocks.rows, HAS_VALID=shapes.mask_strides is not None, **blocks.options(),
     )  # fmt: skip
-
-
-def _strides(masks: tuple[Tensor, Tensor] | None) -> tuple[int, int] | None:
-    """From row to row and from head to head of the first mask, (B, 1 or Hkv, K)."""
-    if masks is None:
-        return None
-    return masks[0].stride(0), masks[0].stride(1) if masks[0].shape[1] > 1 else 0
