@@ -86,8 +86,7 @@ def test_rotation_on_a_gpu(shape, dtype, one_row):
 def by_definition(monkeypatch):
     """Have the definition stand in for the kernel, and note the shapes that it is given."""
     seen = []
-    monkeypatch.setattr(rotations, "why_naive", lambda *_: None)
-    monkeypatch.setattr(rotations, "rotate", lambda *given: seen.append(given[0].shape) or naive.rotate(*given))
+    monkeypatch.setattr(rotations, "rotate", lambda *given: seen.append(given[0].shape) or naive.rotate(*given[:4]))
     return seen
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyramidkv.ops.rotate import rotate, why_naive
+from pyramidkv.ops.rotate import rotate
 from pyramidkv.slices import replace
 
 CALLED = "apply_rotary_pos_emb"
@@ -65,8 +65,6 @@ def _rotating(forward: Any) -> Any:
 def _ours(plain: Any) -> Any:
     @functools.wraps(plain)
     def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or why_naive(q, k, cos, sin) is not None:
-            return plain(q, k, cos, sin, *args, **kwargs)
-        return rotate(q, k, cos, sin)
+        return plain(q, k, cos, sin, *args, **kwargs) if args or kwargs else rotate(q, k, cos, sin, plain)
 
     return rotated

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,10 +29,13 @@ def why_naive(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> str | Non
     return None
 
 
-def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotate(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, plain: Callable[..., Any] = naive.rotate
+) -> tuple[Tensor, Tensor]:
     """(B, Hq, T, D) queries and (B, Hkv, T, D) keys with their first R channels rotated; cos and sin (1 or B, T, R).
 
-    The definition is that of `naive.rotate`; the kernel's result is the same to the last bit. Its queries lie in memory
+    The definition is that of `naive.rotate`; the kernel's result is the same to the last bit. Where it can't serve,
+    `plain` does, a function of the same. The kernel's queries lie in memory
     as (B, T, Hq, D): attention gives its output the layout of its queries, and that is the one which the output
     projection reads without a copy.
     """
@@ -38,4 +44,5 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
         with kernels.on(query.device):
             return triton.rotate(query, key, cos, sin)
-    return naive.rotate(query, key, cos, sin)
+    out: tuple[Tensor, Tensor] = plain(query, key, cos, sin)
+    return out
