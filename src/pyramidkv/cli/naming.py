@@ -35,10 +35,8 @@ def typed_names(command: Callable[..., None]) -> dict[str, str]:
             if isinstance(about, ArgumentInfo):
                 names[name] = name.upper()
             elif isinstance(about, OptionInfo):
-                given = (
-                    about.default,
-                    *(about.param_decls or ()),
-                )  # typer takes the first for a default, until it looks
+                # typer takes the first flag for a default, until it looks
+                given = about.default, *(about.param_decls or ())
                 flags = [flag for flag in given if isinstance(flag, str) and flag.startswith("--")]
                 flag = flags[0] if flags else f"--{name.replace('_', '-')}"
                 names |= {flag[2:].replace("-", "_"): flag, name: flag}
