@@ -1,4 +1,4 @@
-"""Few threads, since the models are tiny, and the same hypothesis examples in every run."""
+"""Few threads, since the models are tiny, the same hypothesis examples in every run, and GPU tests that stand alone."""
 
 import gc
 import os
@@ -20,6 +20,26 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def leaves_the_gpu_as_it_was():
+    """After a test on a GPU its memory is free for other processes, and waiting for the device is allowed again.
+
+    Nothing mends a process whose kernel went out of bounds or whose capture broke off: all its later tests would fail.
+    It ends here, the test counts as failed, and pytest-xdist has a new process run the others.
+    """
+    yield
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.rand(1, device="cuda").item()  # a broken capture spoils the random numbers
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        raise
 
 
 @pytest.fixture
