@@ -7,6 +7,13 @@ checkpoint, and every shard is then cut from the same full tensor, drawn from a 
 compute the same model. Needs transformers 5.17. Each part is written to the file as soon as it is measured.
 
 Without GPUs: torchrun --nproc-per-node 2 benchmarks/parallel_gpu.py --device cpu --shape tiny-llama tiny-neox
+
+With one GPU, two ranks can share it as two hosts would talk to each other, which checks tokens and memory but no time
+(NCCL refuses a GPU twice on one host, so each rank names a host of its own):
+    for RANK in 0 1; do
+        NCCL_HOSTID=host$RANK NCCL_SOCKET_IFNAME=lo torchrun --nnodes 2 --node-rank $RANK --nproc-per-node 1 \\
+            --master-addr 127.0.0.1 --master-port 29511 benchmarks/parallel_gpu.py --shape tiny-neox tiny-llama &
+    done; wait
 """
 
 from __future__ import annotations
@@ -55,6 +62,13 @@ SPREAD = 4.0  # of the weights of the tiny shapes, times the usual: attention fa
 def say(text: str) -> None:
     if dist.get_rank() == 0:
         print(f"[{time.perf_counter() - BEGAN:6.1f} s] {text}", flush=True)
+
+
+def device_count(device: torch.device) -> int:
+    """How many different GPUs the ranks have; on CPUs, how many ranks."""
+    if device.type != "cuda":
+        return dist.get_world_size()
+    return len(set(gathered(str(torch.cuda.get_device_properties(device).uuid), split=True)))
 
 
 def config_of(shape: str, layers: int) -> Any:
@@ -279,7 +293,11 @@ def main() -> None:
         rows=[],
     )
     report = result.data
-    report["device"] = f"{dist.get_world_size()} x {report['device']}"
+    gpus = device_count(device)
+    report["device"] = f"{gpus} x {report['device']}"
+    if gpus < dist.get_world_size():
+        report["shared"] = f"{dist.get_world_size()} ranks on {gpus} GPU: their times mean nothing, tokens and bytes do"
+        say(report["shared"])
     large = options.prompt
     for shape in options.shape:
         options.prompt = 512 if shape.startswith("tiny") else large

@@ -24,7 +24,9 @@ def command(alone: Sequence[str], several: Sequence[str]) -> str:
     """
     count = from_environment().count
     if count > 1:
-        alone = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", str(count)), *several]
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+        hosts = ["--nnodes", str(count // here)] if count > here else []
+        alone = ["torchrun", *hosts, "--nproc-per-node", str(here), *several]
     return shlex.join([*alone, *sys.argv[1:]])
 
 
