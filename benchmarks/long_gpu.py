@@ -9,7 +9,7 @@ length only the compressed ones are. `against`: the same as shares of the best f
 
     python benchmarks/long_gpu.py --only slack
 
-measures no more than TPOT with and without a slack of 128. `outputs`: TPOT after a prompt twice as long as the budget,
+measures no more than TPOT without slack and with 128 and 256. `outputs`: TPOT after a prompt twice the budget long,
 with and without `slack`, in turn. What evictions cost is taken within a run: the time of the tokens at which layers
 evicted, and of the next, above the median token's.
 
@@ -204,8 +204,8 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=2048, help="of outputs")
     parser.add_argument("--output", type=int, default=768, help="tokens of outputs; 0: leave that part out")
     parser.add_argument("--seconds", type=float, default=220, help="begin nothing after that many seconds")
-    parser.add_argument("--engines", nargs="*", metavar="NAME", help="of prompts: 'full' or methods; default: all")
-    parser.add_argument("--only", choices=["slack"], help="no prompts, and of outputs those without slack and with 128")
+    parser.add_argument("--engines", nargs="*", metavar="NAME", help="'full' or methods; default: all")
+    parser.add_argument("--only", choices=["slack"], help="no prompts, and of outputs fewer")
     add_out(parser)
     arguments = parser.parse_args()
     if arguments.only:
@@ -231,7 +231,10 @@ def main() -> None:
 
     def outputs() -> None:
         for method in ("pyramidkv", "rms", "auto"):
-            for slack in (None, 128) if arguments.only or method == "auto" else (None, 128, 512, None, 128):
+            if arguments.engines and method not in arguments.engines:
+                continue
+            slacks = (None, 128, 256) if arguments.only else (None, 128, 512, None, 128)
+            for slack in slacks:
                 options = {"method": method, "budget": arguments.budget}
                 attempt(
                     "outputs", f"{method}, slack={slack}",
