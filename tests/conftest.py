@@ -22,6 +22,11 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def leaves_the_gpu_as_it_was():
     """After a test on a GPU its memory is free for other processes, and waiting for the device is allowed again.

@@ -7,6 +7,7 @@ import torch
 
 import pyramidkv
 from families import model, padded_batch
+from kernel_testing import HAS_TRITON, INTERPRETED
 from pyramidkv.ops import kernels
 from pyramidkv.ops.append import append
 from pyramidkv.ops.bitmap import unpack_positions
@@ -14,8 +15,11 @@ from pyramidkv.ops.decode_attention import decode_attention
 from pyramidkv.ops.merge import merge
 from pyramidkv.ops.packed_attention import packed_attention
 from pyramidkv.ops.pages import Pages
-from test_kernels import HAS_TRITON, INTERPRETED
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs triton, not interpreted"),
+]
 TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
     torch.uint8: "*u8",
@@ -64,8 +68,6 @@ def _type(value):
     return "fp32" if isinstance(value, float) else "i32"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs triton, not interpreted")
 @torch.no_grad()
 def test_a_prefill_and_a_step_compile(compiled):
     plain = model("gpt_neox-2-2-80").half()
@@ -94,8 +96,6 @@ def test_a_prefill_and_a_step_compile(compiled):
     assert {"unpack_kernel", "positions_kernel"} <= names
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs triton, not interpreted")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_products_compile(compiled, dtype):
     from pyramidkv.ops.linear import triton
@@ -111,8 +111,6 @@ def test_products_compile(compiled, dtype):
     assert {name for _, name, *_ in compiled} == {"vector_kernel", "dot_kernel", "join_kernel"}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs triton, not interpreted")
 @pytest.mark.parametrize("size", [64, 80, 128])
 def test_what_a_chunk_needs_compiles(compiled, size):
     key = torch.zeros(2, 2, 40, size, dtype=torch.float16)
@@ -124,8 +122,6 @@ def test_what_a_chunk_needs_compiles(compiled, size):
     assert {name for _, name, *_ in compiled} == {"append_kernel", "merge_kernel"}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs triton, not interpreted")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_rotation_compiles(compiled, dtype):
     from pyramidkv.ops.rotate import triton

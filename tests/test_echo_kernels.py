@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from attention_cases import scores_case
+from kernel_testing import DTYPES, ERROR, distance, interpreted, never_waiting, random
 from pyramidkv.ops import band_scores as band_package
 from pyramidkv.ops import turn as turn_package
 from pyramidkv.ops.band_scores import band_scores
@@ -10,7 +12,6 @@ from pyramidkv.ops.band_scores import naive as band_naive
 from pyramidkv.ops.turn import naive as turn_naive
 from pyramidkv.ops.turn import turn
 from pyramidkv.ops.valid import by_head
-from test_kernels import DTYPES, ERROR, distance, interpreted, on_gpu, random, scores_case
 
 # batch, query heads, KV heads, head size, tokens
 BAND = [
@@ -143,7 +144,7 @@ def test_interpreted_band_scores_of_channels_apart():
     torch.testing.assert_close(triton.band_scores(*apart, 0.2), triton.band_scores(query, key, 0.2))
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [(32, 32, 80), (32, 8, 128), (8, 1, 128), (4, 1, 256), (8, 8, 96), (8, 4, 64)])
@@ -153,16 +154,13 @@ def test_gpu_band_scores(dtype, kind, heads, batch, tokens):
     assert same_band((batch, *heads, tokens), kind, dtype, "cuda", heads[2] // 8) < ERROR[dtype]
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_gpu_band_scores_are_the_same_each_time_and_do_not_wait():
     query, key, valid = band_case((2, 8, 4, 80, 1500), torch.float16, "heads", "cuda")
     assert band_package.why_naive(query) is None
     first = band_scores(query, key, 0.1, valid)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         again = [band_scores(query, key, 0.1, valid) for _ in range(3)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(first, other) for other in again)
 
 
@@ -210,7 +208,7 @@ def test_interpreted_turn(shape, dtype):
     assert same_turn(shape, dtype)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*TURN, (1, 32, 6144, 80, 20), (7, 8, 1001, 128, 128)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gpu_turn(shape, dtype):

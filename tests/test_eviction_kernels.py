@@ -4,12 +4,12 @@ Triton's tests are interpreted, where those of test_kernels.py are, or on a GPU.
 garbage here.
 """
 
-import contextlib
 import math
 
 import pytest
 import torch
 
+from kernel_testing import interpreted, never_waiting, poisoned, same
 from pyramidkv.ops import compact as compact_package
 from pyramidkv.ops.compact import compact
 from pyramidkv.ops.compact import naive as compact_naive
@@ -18,7 +18,6 @@ from pyramidkv.ops.heads import naive as heads_naive
 from pyramidkv.ops.pooling import naive as pooling_naive
 from pyramidkv.ops.select import naive as select_naive
 from pyramidkv.ops.select import select, why_naive
-from test_kernels import interpreted, on_gpu
 
 # rows, heads, slots
 SELECT = [(1, 1, 1), (7, 1, 37), (1, 2, 300), (2, 1, 64)]
@@ -37,16 +36,6 @@ DTYPES = [
     (torch.float32, torch.float16), (torch.float32, torch.bfloat16),
 ]  # fmt: skip
 EXTREME = [math.inf, -math.inf, math.nan, torch.finfo(torch.float32).max, torch.finfo(torch.float32).min, 1e-45]
-
-
-@contextlib.contextmanager
-def poisoned():
-    """Uninitialised memory is NaN or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def select_case(shape, kind, limits, seed=0, dtype=torch.float32):
@@ -170,7 +159,7 @@ def test_interpreted_select_in_half_precision():
     assert same_selection((1, 1, 300), "normal", "alike", 8, True, False, dtype=torch.float16)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (7, 3, 37), (2, 4, 1000), (1, 32, 6144), (7, 2, 8192), (1, 3, 16385), (1, 2, 32769)]
 )
@@ -181,13 +170,13 @@ def test_gpu_select(shape, kind, limits, recent, finite, padded):
     assert same_selection(shape, kind, limits, recent, finite, padded, device="cuda")
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["normal", "ties"])
 def test_gpu_select_of_very_many(kind):
     assert same_selection((1, 1, 1_000_003), kind, "alike", 32, True, False, device="cuda")
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("warps", [4, 8, 16, 32])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gpu_select_in_half_precision(warps, dtype):
@@ -197,18 +186,15 @@ def test_gpu_select_in_half_precision(warps, dtype):
     assert same_selection((2, 3, 4001), "marked", "rows", 8, True, True, dtype=dtype, device="cuda", blocks=blocks)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("limits", ["alike", "rows", "heads"])
 def test_gpu_select_does_not_wait(limits):
     scores, allowed, width, valid = select_case((7, 2, 500), "normal", limits)
     scores, valid = scores.cuda(), valid.cuda()
     allowed = allowed.cuda() if isinstance(allowed, torch.Tensor) else allowed
     select(scores, allowed, width, recent=8, valid=valid, finite=True)  # compiled, and memory allocated
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         select(scores, allowed, width, recent=8, valid=valid, finite=True)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def heads_case(shape, kind, share, recent, seed=0, device="cpu"):
@@ -268,7 +254,7 @@ def test_interpreted_head_limits(shape, kind, share, recent):
     assert same_limits(shape, kind, share, recent)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 130), (7, 3, 1000), (1, 32, 6144), (8, 32, 6144), (3, 40, 9000)])
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "extreme", "holes"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
@@ -277,15 +263,12 @@ def test_gpu_head_limits(shape, kind, share, recent):
     assert same_limits(shape, kind, share, recent, "cuda")
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_gpu_head_limits_does_not_wait():
     case = heads_case((7, 2, 500), "normal", 0.5, 8, device="cuda")
     head_limits(*case)  # compiled, and memory allocated
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         head_limits(*case)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def compact_case(shape, dtype, stored, seed=0, device="cpu"):
@@ -308,10 +291,6 @@ def compact_case(shape, dtype, stored, seed=0, device="cpu"):
     return sources, index, tuple(t.to(device) for t in targets)
 
 
-def same_slots(a, b):
-    return all(torch.equal(x.nan_to_num(nan=7e4), y.nan_to_num(nan=7e4)) for x, y in zip(a, b, strict=True))
-
-
 @pytest.mark.parametrize("shape", COMPACT)
 @pytest.mark.parametrize(("dtype", "stored"), DTYPES)
 def test_compact_is_its_definition(shape, dtype, stored):
@@ -323,7 +302,7 @@ def test_compact_is_its_definition(shape, dtype, stored):
                 for source, target, empty in zip(sources, expected, (0, 0, -1), strict=True):
                     target[b, h, n] = empty if slot < 0 else source[b, h, slot]
     compact(sources, index, targets)
-    assert same_slots(targets, expected)
+    assert same(targets, expected)
 
 
 def test_the_reason_for_plain_torch_is_given_by_compact():
@@ -345,7 +324,7 @@ def same_compaction(shape, dtype, stored, device="cpu", **options):
     compact_naive.compact(sources, index, expected)
     with poisoned():
         triton.compact(sources, index, targets, **options)
-    return same_slots(targets, expected)
+    return same(targets, expected)
 
 
 @interpreted
@@ -363,7 +342,7 @@ def test_interpreted_compact_in_smaller_blocks(halves):
     assert same_compaction(COMPACT[0], torch.float16, torch.float16, blocks=Blocks(16, 1, halves))
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "shape", [*COMPACT, (1, 32, 6144, 1536, 80, 80), (7, 8, 1001, 333, 128, 128), (2, 4, 99, 50, 256, 256)]
 )
@@ -372,7 +351,7 @@ def test_gpu_compact(shape, dtype, stored):
     assert same_compaction(shape, dtype, stored, device="cuda")
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [16, 32, 64, 128])
 @pytest.mark.parametrize("warps", [2, 4, 8])
 @pytest.mark.parametrize("halves", [True, False])
@@ -412,7 +391,7 @@ def test_interpreted_pooling(shape, kernel, old, kind, valid):
     assert pools_alike(shape, kernel, kind, valid, old)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["avg", "max"])
 @pytest.mark.parametrize("valid", ["all", "rows", "heads"])
 @pytest.mark.parametrize(("shape", "kernel"), [((1, 32, 6144), 5), ((7, 8, 2049), 7), ((1, 1, 1), 3), ((2, 3, 40), 63)])

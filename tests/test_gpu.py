@@ -5,9 +5,10 @@ import torch
 
 import pyramidkv
 from families import NAMES, model, padded_batch
+from kernel_testing import never_waiting
 from pyramidkv.layer import PyramidKVLayer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = pytest.mark.gpu
 
 
 def fill(plain, device, options, lengths=(61, 40, 23)):
@@ -63,13 +64,8 @@ def test_prefill_without_padding_never_waits_for_the_device():
     ids = torch.randint(3, 101, (2, 300), device="cuda")
     for options in ({"method": "pyramidkv"}, {"method": "snapkv"}, {"method": "snapkv", "bits": 4}):
         cache = pyramidkv.PyramidKVCache(plain.config, keep=0.25, **options)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            with torch.no_grad():
-                plain(ids, past_key_values=cache, logits_to_keep=1)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        with never_waiting(), torch.no_grad():
+            plain(ids, past_key_values=cache, logits_to_keep=1)
         assert cache.report().evicted
 
 

@@ -1,18 +1,29 @@
-"""The kernels: their plain definitions against float64, and Triton against those, interpreted and on a GPU.
+"""Window scores and decode attention: plain definitions against float64, Triton against those, interpreted or on a GPU.
 
-Without a GPU, Triton runs in its interpreter, which must be chosen before the kernels are imported: one test starts
-pytest again on this file with TRITON_INTERPRET=1. Nothing of it runs where triton is not installed.
+One test runs the interpreted ones of all files. Nothing of them runs where triton is not installed.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
+from attention_cases import exact_decode, new_token, ring_for, scores_case, slots_case
+from kernel_testing import (
+    DTYPES,
+    ERROR,
+    HAS_TRITON,
+    INTERPRETED,
+    distance,
+    follows_the_length,
+    interpreted,
+    random,
+    same,
+)
 from pyramidkv.ops import kernels
 from pyramidkv.ops import window_scores as scores_package
 from pyramidkv.ops.decode_attention import decode_attention, why_naive
@@ -20,27 +31,6 @@ from pyramidkv.ops.decode_attention import naive as decode_naive
 from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores import naive as scores_naive
 from pyramidkv.ops.window_scores import window_scores
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Files whose interpreted tests run with these.
-OTHERS = [
-    os.path.join(os.path.dirname(__file__), f"test_{name}.py")
-    for name in (
-        "echo_kernels",
-        "eviction_kernels",
-        "launch",
-        "launches",
-        "linear",
-        "packed_attention",
-        "rotations",
-        "split_attention",
-        "unpacking",
-    )
-]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="run by test_triton_in_its_interpreter")
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ERROR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # |out - reference| / |reference|
 
 # batch, query heads, KV heads, head size, queries, keys
 SCORES = [
@@ -64,78 +54,11 @@ DECODE = [
 ]
 
 
-def distance(out, reference):
-    """Relative; NaN never passes."""
-    reference = reference.double()
-    return ((out.double() - reference).norm() / reference.norm().clamp(min=1e-9)).item()
-
-
-def random(*shape, seed=0, dtype=torch.float32, device="cpu"):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(device, dtype)
-
-
-def scores_case(shape, dtype, kind, device="cpu"):
-    """Queries and keys as views of one fused projection, and which keys are real."""
-    batch, heads, kv_heads, size, queries, keys = shape
-    fused = random(batch, keys, heads + 2 * kv_heads, size, dtype=dtype, device=device).transpose(1, 2)
-    query, key = fused[:, :heads, keys - queries :], fused[:, heads : heads + kv_heads]
-    valid = None
-    if kind != "none":
-        valid = torch.arange(keys) >= torch.arange(batch)[:, None] * 5 % keys + 1
-        if kind == "holes":
-            valid &= torch.arange(keys) % 4 != 2
-        padding = ~valid[:, None, keys - queries :, None].to(device)
-        if kind == "heads":  # the past of each its own
-            valid = valid[:, None].repeat(1, kv_heads, 1)
-            past = torch.arange(keys - queries) % 5 > torch.arange(kv_heads)[:, None] % 3
-            valid[..., : keys - queries] &= past
-        valid = valid.to(device)
-        where = ~by_head(valid)[..., None]
-        key = key.masked_fill(where, float("nan"))  # what padding holds is nobody's business
-        query = query.masked_fill(padding, float("nan"))
-    return query, key, valid
-
-
 def decode_case(shape, dtype, kind, device="cpu", room=False):
-    """Queries, buffers that are NaN where no slot is used, lengths, starts; `room`: a slot is free everywhere."""
+    """Queries, and buffers, lengths, starts and used slots as `slots_case` has them."""
     batch, heads, kv_heads, size, capacity = shape
     query = random(batch, heads, 1, size, seed=1, dtype=dtype, device=device)
-    keys = random(batch, kv_heads, capacity, size, seed=2, dtype=dtype, device=device)
-    values = random(batch, kv_heads, capacity, size, seed=3, dtype=dtype, device=device)
-    rows = torch.arange(batch * kv_heads, dtype=torch.int32).reshape(batch, kv_heads)
-    start = None
-    if kind == "number":
-        length = lengths = capacity - 2
-    elif kind == "one":
-        length, lengths = torch.tensor([capacity // 2 + 1], dtype=torch.int32), capacity // 2 + 1
-    elif kind == "none":
-        length, lengths = 0, 0
-    else:  # each row and head its own, one of them with no slots
-        length = lengths = (capacity - room - rows * 11) % (capacity + 1 - room)
-        start = (lengths * (rows % 3)) // 3
-        start[-1, -1] = lengths[-1, -1]
-        lengths = lengths[..., None]
-    slot = torch.arange(capacity)
-    used = (slot < lengths).expand(batch, kv_heads, capacity)
-    if start is not None:
-        used = used & (slot >= start[..., None])
-    used = used.to(device)[..., None]
-    keys, values = keys.masked_fill(~used, float("nan")), values.masked_fill(~used, float("nan"))
-    length, start = (x.to(device) if isinstance(x, torch.Tensor) else x for x in (length, start))
-    return query, keys, values, length, start, used[..., 0]
-
-
-def new_token(keys):
-    """Key and value of one more token, views of one fused projection."""
-    batch, heads, _, size = keys.shape
-    fused = random(batch, heads, 1, 2 * size, seed=4, dtype=keys.dtype, device=keys.device)
-    return fused[..., :size], fused[..., size:]
-
-
-def ring_for(query, slots, dtype=None):
-    """A ring of queries as a view whose heads lie apart."""
-    batch, heads, _, size = query.shape
-    return torch.full((batch, slots, heads, size), 7.0, dtype=dtype or query.dtype, device=query.device).transpose(1, 2)
+    return query, *slots_case((batch, kv_heads, capacity, size), dtype, kind, device, room)
 
 
 def exact_scores(query, key, scaling, valid, power, per_visible):
@@ -186,20 +109,6 @@ def exact_behind(query, key, scaling, valid, asking, power):
         total += torch.where(asking[:, i, None, None], share, 0.0) ** power
     total = total.unflatten(1, (kv_heads, -1)).sum(2) / (heads // kv_heads)
     return (total / asking.sum(1).clamp(min=1)[:, None, None]) ** (1 / power)
-
-
-def exact_decode(query, keys, values, used, scaling):
-    """The definition by loops over rows and heads, float64."""
-    batch, heads, _, size = query.shape
-    kv_heads = keys.shape[1]
-    out = torch.zeros(batch, heads, 1, size, dtype=torch.float64)
-    for b in range(batch):
-        for h in range(heads):
-            g = h // (heads // kv_heads)
-            slots = used[b, g].nonzero()[:, 0]
-            share = (keys[b, g, slots].double() @ query[b, h, 0].double() * scaling).softmax(0)
-            out[b, h, 0] = share @ values[b, g, slots].double()
-    return out
 
 
 @pytest.mark.parametrize("shape", SCORES)
@@ -290,9 +199,11 @@ def test_head_sizes_are_two_powers_of_two(size, expected):
 @pytest.mark.skipif(
     numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0", reason="Triton 3.6's interpreter needs numpy < 2.4"
 )
-def test_triton_in_its_interpreter():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_triton_in_its_interpreter(which):
+    files = [file for file in Path(__file__).parent.glob("test_*.py") if "\n@interpreted" in file.read_text()]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "interpreted", __file__, *OTHERS],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "interpreted", "-m", f"{which} and not gpu", *files],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
@@ -352,8 +263,7 @@ def test_interpreted_decode_attention(shape, kind, fresh):
     got = triton.decode_attention(query, keys, values, length, start, 0.2, new, rings[0])
     assert distance(got, decode_naive.decode_attention(query, *before, length, start, 0.2, new, rings[1])) < 1e-5
     assert not fresh or torch.equal(*rings)
-    for buffer, expected in zip((keys, values), before, strict=True):
-        assert torch.equal(buffer.nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert same((keys, values), before)
 
 
 @interpreted
@@ -372,16 +282,7 @@ def test_interpreted_decode_attention_in_all_its_variants(dtype, halves, dot):
     assert distance(got, reference) < ERROR[dtype]
 
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-
-
-def on_gpu(test):
-    for mark in gpu:
-        test = mark(test)
-    return test
-
-
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["none", "holes", "heads"])
 @pytest.mark.parametrize("heads", [(32, 32, 80), (32, 8, 128), (28, 4, 128), (4, 1, 256), (8, 8, 96), (8, 4, 64)])
@@ -396,7 +297,7 @@ def test_gpu_window_scores(dtype, kind, heads, window):
     assert distance(got, expected) < ERROR[dtype]
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["none", "holes"])
 @pytest.mark.parametrize("heads", [(32, 32, 80), (32, 8, 128), (4, 1, 256)])
@@ -409,7 +310,7 @@ def test_gpu_window_scores_from_behind(dtype, kind, heads, queries):
     assert distance(got, expected) < ERROR[dtype]
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["number", "one", "each", "none"])
 @pytest.mark.parametrize("heads", [(32, 32, 80), (32, 8, 128), (28, 4, 128), (4, 1, 256), (8, 8, 96), (8, 4, 64)])
@@ -423,22 +324,16 @@ def test_gpu_decode_attention(dtype, kind, heads, fresh):
     got = decode_attention(query, keys, values, length, start, heads[2] ** -0.5, new, rings[0])
     assert not fresh or torch.equal(*rings)
     assert distance(got, expected) < ERROR[dtype]
-    for buffer, after in zip((keys, values), exact, strict=True):
-        assert torch.equal(buffer.float().nan_to_num(7.0), after.nan_to_num(7.0))
+    assert same((keys.float(), values.float()), exact)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_graph_stays_right_as_the_length_grows():
     query, keys, values, _, _, _ = decode_case((2, 32, 32, 80, 800), torch.float16, "number", "cuda")
     keys, values = keys.nan_to_num(), values.nan_to_num()
-    length = torch.tensor([300], dtype=torch.int32, device="cuda")
-    decode_attention(query, keys, values, length, None, 0.1)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = decode_attention(query, keys, values, length, None, 0.1)
-    for now in (300, 301, 640, 798, 1, 0):
-        length.fill_(now)
-        graph.replay()
-        expected = decode_naive.decode_attention(query.float(), keys.float(), values.float(), now, None, 0.1)
-        assert distance(out, expected) < ERROR[torch.float16]
+    exact = (query.float(), keys.float(), values.float())
+    assert follows_the_length(
+        lambda length: decode_attention(query, keys, values, length, None, 0.1),
+        lambda length: decode_naive.decode_attention(*exact, length, None, 0.1),
+        (300, 301, 640, 798, 1, 0),
+    )

@@ -7,9 +7,9 @@ Run by `test_kernels.test_triton_in_its_interpreter`, and on a GPU.
 import pytest
 import torch
 
+from kernel_testing import HAS_TRITON, interpreted
 from pyramidkv.ops import kernels
 from pyramidkv.ops.launch import Launch
-from test_kernels import HAS_TRITON, interpreted, on_gpu
 
 if HAS_TRITON:
     import triton
@@ -41,7 +41,7 @@ def test_interpreted_launches(count):
         assert agrees(launch, torch.randint(-9, 9, (count,)).float())
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_gpu_launches_at_any_address(dtype):
     launch = launch_of(4096)
@@ -50,7 +50,7 @@ def test_gpu_launches_at_any_address(dtype):
         assert agrees(launch, memory[first : first + 4096])
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_gpu_launches_of_other_types():
     launch = launch_of(4096)
     for dtype in (torch.float16, torch.float32, torch.float16, torch.bfloat16):

@@ -8,8 +8,8 @@ import torch
 
 import pyramidkv
 from families import model, padded_batch
+from kernel_testing import interpreted
 from launches import of_a_prefill, of_an_eviction
-from test_kernels import interpreted
 
 
 @interpreted

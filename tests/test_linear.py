@@ -6,8 +6,8 @@ The interpreted tests are run by `test_kernels.test_triton_in_its_interpreter`.
 import pytest
 import torch
 
+from kernel_testing import distance, interpreted, poisoned, random
 from pyramidkv.ops.linear import linear, naive, why_torch
-from test_kernels import distance, interpreted, on_gpu, random
 
 DTYPES = [torch.float16, torch.bfloat16]
 ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}  # one rounding
@@ -22,14 +22,6 @@ SHAPES = [
     (7, 67, 1100),
     (16, 64, 1536),
 ]
-
-
-@pytest.fixture
-def poisoned():
-    """Uninitialised memory is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def case(shape, dtype, device="cpu"):
@@ -50,12 +42,14 @@ def check(shape, dtype, blocks=None, device="cpu"):
 
     x, weight, bias = case(shape, dtype, device)
     for some in (None, bias):
-        got = triton.linear(x, weight, some, blocks=blocks)
+        with poisoned():
+            got = triton.linear(x, weight, some, blocks=blocks)
         assert got.shape == shape[:2]
         assert got.dtype == dtype
         assert distance(got, exact(x, weight, some)) < ERROR[dtype]
         if device == "cuda":  # runs agree to the last bit
-            assert torch.equal(triton.linear(x, weight, some, blocks=blocks), got)
+            with poisoned():
+                assert torch.equal(triton.linear(x, weight, some, blocks=blocks), got)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
@@ -68,7 +62,6 @@ def test_naive_is_the_product(shape, dtype):
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_interpreted_linear(shape, dtype):
@@ -78,7 +71,6 @@ def test_interpreted_linear(shape, dtype):
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("options", [(4, 1), (8, 4)], ids=str)  # rows, warps
 def test_interpreted_linear_of_one_row_in_other_tiles(options):
     from pyramidkv.ops.linear import triton
@@ -87,7 +79,6 @@ def test_interpreted_linear_of_one_row_in_other_tiles(options):
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("options", [(64, 4, 3, 64, 3), (32, 4, 4, 128, 7), (64, 4, 3, 64), (16, 2, 2, 128)], ids=str)
 @pytest.mark.parametrize("shape", [(2, 40, 640), (7, 67, 1100), (9, 33, 512)])
 def test_interpreted_linear_of_several_rows_in_other_tiles(shape, options):
@@ -109,8 +100,7 @@ def test_interpreted_tiles_fit_into_the_shared_memory_of_a_device(shared):
             assert (blocks.ahead + 1) * (blocks.rows + 16) * blocks.wide * 2 <= shared
 
 
-@on_gpu
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 2560, 10240), (8, 2560, 10240), (16, 4096, 14336), (5, 50304, 2560)])
 def test_linear_on_a_gpu(shape, dtype):

@@ -8,11 +8,21 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from attention_cases import exact_decode, new_token, ring_for, slots_case
+from kernel_testing import (
+    DTYPES,
+    ERROR,
+    distance,
+    follows_the_length,
+    interpreted,
+    poisoned,
+    random,
+    same,
+    spoil_unused,
+)
 from pyramidkv.ops.packed_attention import naive, packed_attention
 from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import room_for, value_group
-from test_eviction_kernels import poisoned
-from test_kernels import DTYPES, ERROR, distance, exact_decode, interpreted, new_token, on_gpu, random, ring_for
 
 
 class Case(NamedTuple):
@@ -63,29 +73,10 @@ def make(case, dtype=torch.float32, kind="each", device="cpu", scale=1.0, attend
         index = index.masked_fill(torch.arange(slots, device=device) < slots - limits.to(device)[..., None], -1)
     total = int(limits.sum(1).max()) if case.ragged else None
     pages = Pages.gather(key, value, index, limits.int().to(device) + 3, 3, case.bits, total)
-    for codes in (pages.keys, pages.values):  # pages of no head are nobody's business
-        for name, tensor in codes.tensors().items():
-            for row, used in enumerate(pages.count.sum(1).tolist()):
-                tensor[row, used:] = 255 if name == "codes" and codes.bits < 16 else float("nan")
+    spoil_unused(pages)
     chosen = [[head[head >= 0] for head in row] for row in index]
-    new = [random(batch, kv_heads, case.capacity, case.size, seed=s, dtype=dtype, device=device) for s in (5, 6)]
-    rows = torch.arange(batch * kv_heads, dtype=torch.int32).reshape(batch, kv_heads)
-    start = None
-    if kind == "number":
-        length = ends = case.capacity - 1
-    elif kind == "one":
-        length = torch.tensor([case.capacity // 2], dtype=torch.int32, device=device)
-        ends = case.capacity // 2
-    else:
-        length = (case.capacity - 1 - rows * 5) % case.capacity
-        start = (length * (rows % 3)) // 3
-        ends = length[..., None]
-    slot = torch.arange(case.capacity)
-    used = (slot < ends).expand(batch, kv_heads, case.capacity)
-    used = (used if start is None else used & (slot >= start[..., None])).to(device)
-    new = [t.masked_fill(~used[..., None], float("nan")) for t in new]
-    length, start = (t.to(device) if isinstance(t, torch.Tensor) else t for t in (length, start))
-    return (query, pages, *new, length, start), (key, value, chosen, used)
+    *newest, used = slots_case((batch, kv_heads, case.capacity, case.size), dtype, kind, device)
+    return (query, pages, *newest), (key, value, chosen, used)
 
 
 def rounded(x, dim, bits):
@@ -145,8 +136,7 @@ def compare(inputs, new, blocks=None):
     wide_new = None if new is None else tuple(t.float() for t in new)
     expected = naive.packed_attention(query.float(), pages, *wide, *rest, 0.2, wide_new, rings[1])
     assert new is None or torch.equal(*rings)
-    for buffer, after in zip((keys, values), wide, strict=True):
-        assert torch.equal(buffer.float().nan_to_num(7.0), after.nan_to_num(7.0))
+    assert same((keys.float(), values.float()), wide)
     return distance(got, expected)
 
 
@@ -240,7 +230,7 @@ def test_interpreted_packing(dtype, bits, sizes, ragged, rows):
     assert same_pages(dtype, bits, sizes, ragged, rows=rows)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4, 2, 16])
 @pytest.mark.parametrize("size", [32, 64, 72, 80, 96, 112, 128, 256])
@@ -250,7 +240,7 @@ def test_gpu_packing(dtype, bits, size, ragged, rows):
     assert same_pages(dtype, bits, (size, size), ragged, "cuda", rows, 8, 1000)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_gpu_packing_of_a_long_prompt():
     assert same_pages(torch.float16, 4, (80, 80), True, "cuda", 1, 32, 6144)
     assert same_pages(torch.bfloat16, 2, (64, 128), False, "cuda", 2, 5, 20000)
@@ -280,13 +270,13 @@ def test_interpreted_bitmap(shape):
     assert same_bitmap(*shape)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*BITMAPS, (1, 32, 6144, 6144, 6112), (7, 8, 3000, 20011, 2900)])
 def test_gpu_bitmap(shape):
     assert same_bitmap(*shape, "cuda")
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("ragged", [False, True])
@@ -297,18 +287,13 @@ def test_gpu_packed_attention(dtype, fresh, ragged, bits, heads):
     assert compare(inputs, new_token(inputs[2]) if fresh else None) < ERROR[dtype]
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_graph_over_pages_stays_right_as_the_length_grows():
     (query, pages, keys, values, _, _), _ = make(Case(2, 32, 32, 80, 4, 700, 150), torch.float16, device="cuda")
     keys, values = keys.nan_to_num(), values.nan_to_num()
-    length = torch.tensor([20], dtype=torch.int32, device="cuda")
-    packed_attention(query, pages, keys, values, length, None, 0.1)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = packed_attention(query, pages, keys, values, length, None, 0.1)
-    for now in (20, 21, 64, 149, 1, 0):
-        length.fill_(now)
-        graph.replay()
-        expected = naive.packed_attention(query.float(), pages, keys.float(), values.float(), now, None, 0.1)
-        assert distance(out, expected) < ERROR[torch.float16]
+    exact = (query.float(), pages, keys.float(), values.float())
+    assert follows_the_length(
+        lambda length: packed_attention(query, pages, keys, values, length, None, 0.1),
+        lambda length: naive.packed_attention(*exact, length, None, 0.1),
+        (20, 21, 64, 149, 1, 0),
+    )

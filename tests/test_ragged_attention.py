@@ -99,7 +99,6 @@ def test_a_layer_says_that_there_are_no_holes_only_where_there_are_none(options,
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("by_head", [False, True], ids=["rows", "heads"])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[4] > 1] + LARGE, ids=str)

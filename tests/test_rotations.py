@@ -8,10 +8,10 @@ import torch
 
 import pyramidkv
 from families import NAMES, model, padded_batch
+from kernel_testing import DTYPES, interpreted
 from pyramidkv import rotations
 from pyramidkv.ops import rotate as package
 from pyramidkv.ops.rotate import naive, rotate
-from test_kernels import DTYPES, interpreted, on_gpu
 
 # batch, query heads, KV heads, tokens, head size, rotated channels
 SHAPES = [
@@ -75,7 +75,7 @@ def test_interpreted_rotation(shape, one_row):
     checked(shape, torch.float32, "cpu", one_row)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 32, 32, 4097, 80, 20), (2, 32, 8, 1000, 128, 128)])

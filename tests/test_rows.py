@@ -5,6 +5,7 @@ import torch
 
 import pyramidkv
 from families import NAMES, model, padded_batch
+from kernel_testing import poisoned
 from pyramidkv import rows
 from test_decode_graph import steps_anywhere  # noqa: F401
 
@@ -14,9 +15,8 @@ LENGTHS = (61, 40, 23, 61, 12, 50, 33)
 
 @pytest.fixture(autouse=True)
 def poison():
-    torch.use_deterministic_algorithms(True)  # fills what is not initialised with NaN
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poisoned():
+        yield
 
 
 @pytest.fixture

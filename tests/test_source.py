@@ -14,8 +14,6 @@ from pyramidkv.models.device import pick_device, pick_dtype
 from pyramidkv.models.shapes import SHAPES, Shape
 from pyramidkv.models.source import DEFAULT_MODEL, count_parameters, load_config, load_model
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
@@ -197,7 +195,6 @@ def test_counting_takes_no_memory(folder):
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_random_on_a_gpu():
     """Made there, in the published dtype: the host needs no memory for it."""
     loaded = load_model("random:pythia-410m", device="cuda")
@@ -207,7 +204,6 @@ def test_random_on_a_gpu():
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_shipped_model_on_a_gpu():
     assert load_model(DEFAULT_MODEL).model.device.type == "cuda"
     with pytest.raises(ConfigError, match="numbered from 0"):
@@ -215,7 +211,6 @@ def test_shipped_model_on_a_gpu():
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_memory_and_kernels_of_a_gpu():
     from pyramidkv.cli.environment import attention_kernels
 

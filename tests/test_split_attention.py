@@ -7,6 +7,7 @@ import pyramidkv
 import pyramidkv.ops.attention
 import pyramidkv.storage
 from families import model, padded_batch
+from kernel_testing import DTYPES, ERROR, distance, interpreted, random
 from pyramidkv import PyramidKVCache
 from pyramidkv.ops import kernels, split_attention
 from pyramidkv.ops.append import append
@@ -14,7 +15,6 @@ from pyramidkv.ops.append import naive as append_naive
 from pyramidkv.ops.attention import attention
 from pyramidkv.ops.merge import merge
 from pyramidkv.ops.merge.naive import part
-from test_kernels import DTYPES, ERROR, distance, interpreted, random
 
 # batch, query heads, KV heads, head size, queries, kept keys
 SHAPES = [
@@ -206,11 +206,8 @@ def test_the_kernels_interpreted(shape, monkeypatch):
         check_append(shape, torch.float16, by_token, front=front)
 
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-
-
 class TestOnTheGpu:
-    pytestmark = gpu
+    pytestmark = pytest.mark.gpu
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shape", [*SHAPES, (2, 32, 8, 128, 1000, 3001), (1, 32, 32, 80, 1024, 2050)], ids=str)

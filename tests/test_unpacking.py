@@ -3,17 +3,17 @@
 The interpreted tests are run by `test_kernels.test_triton_in_its_interpreter`.
 """
 
+import contextlib
 import copy
 import itertools
 
 import pytest
 import torch
 
+from kernel_testing import DTYPES, interpreted, never_waiting, poisoned, random, spoil_unused
 from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import value_group
 from pyramidkv.ops.unpacking import naive
-from test_eviction_kernels import poisoned
-from test_kernels import DTYPES, interpreted, on_gpu, random
 
 # dtype, bits, head sizes of keys and values, every head with its own number of pages, rows
 CASES = [
@@ -37,10 +37,7 @@ def packed(dtype, bits, sizes, ragged, rows, device="cpu", heads=2, slots=150, *
     index = index.masked_fill(torch.arange(slots - 9) < slots - 9 - used[..., None], -1).to(device)
     pages = int(((used + 63) // 64).sum(1).max()) + 1 if ragged else None
     made = Pages.gather(key, value, index, (used + 9).int().to(device), 9, bits, pages, **options)
-    for codes in (made.keys, made.values):
-        for name, tensor in codes.tensors().items():
-            for row, count in enumerate(made.count.sum(1).tolist()):
-                tensor[row, count:] = 255 if name == "codes" and bits < 16 else float("nan")
+    spoil_unused(made)
     return made, used
 
 
@@ -103,7 +100,7 @@ def test_interpreted_unpacking(case):
     assert same_slots(*case)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4, 2, 16])
 @pytest.mark.parametrize("size", [32, 64, 72, 80, 96, 112, 128, 256])
@@ -113,7 +110,7 @@ def test_gpu_unpacking(dtype, bits, size, ragged, rows):
     assert same_slots(dtype, bits, (size, size), ragged, rows, "cuda", heads=8, slots=1000)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_gpu_unpacking_of_a_long_prompt():
     assert same_slots(torch.float16, 4, (80, 80), True, 1, "cuda", heads=32, slots=26000)
 
@@ -142,20 +139,17 @@ def test_what_was_asked_for_ahead_is_the_same():
     assert ahead.asked is not None and copy.deepcopy(ahead).most == ahead.most == now.most > 0
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_gpu_packing_and_unpacking_do_not_wait():
     key, value = (random(2, 4, 700, 80, seed=s, dtype=torch.float16, device="cuda") for s in (1, 2))
     limits = (torch.arange(8, dtype=torch.int32, device="cuda") * 80 + 30).view(2, 4)
     index = torch.arange(691, device="cuda").repeat(2, 4, 1)
     index = index.masked_fill(index < 700 - limits[..., None], -1)
-    for mode in ("default", "error"):  # first compiled, and memory allocated
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
+    for way in (contextlib.nullcontext, never_waiting):  # first compiled, and memory allocated
+        with way():
             pages = Pages.gather(key, value, index, limits, 9, 4, 60, ask=True)
             pages.followed_by((key, value), (key, value))
             pages.valid()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def same_positions(rows, heads, tokens, slots, share, device="cpu"):
@@ -184,7 +178,7 @@ def test_interpreted_positions(shape):
     assert same_positions(*shape)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*BITMAPS, (1, 32, 32768, 30016, 1.0), (7, 8, 20011, 2944, 0.1)], ids=str)
 def test_gpu_positions(shape):
     assert same_positions(*shape, "cuda")
