@@ -181,12 +181,13 @@ def test_bad_input(arguments, options, message):
     with pytest.raises(ConfigError, match=message):
         pyramidkv.prefill(plain, **{"input_ids": IDS, "cache": cache, **arguments})
     assert cache.get_seq_length() == 0
-    if "input_ids" in arguments or "attention_mask" in arguments:
-        plain.set_attn_implementation("sdpa")
-        with pyramidkv.compress(plain, budget=14, window=4) as session:
-            with pytest.raises(ConfigError, match=message):
-                session.prefill(**{"input_ids": IDS, **arguments})
-            session.prefill(IDS, chunk=20)
+    plain.set_attn_implementation("sdpa")
+    with pyramidkv.compress(plain, **{"budget": 14, "window": 4, **options}) as session:
+        held = session.prefill(padded_batch((100,))[0], chunk=100)
+        with pytest.raises(ConfigError, match=message):
+            session.prefill(**{"input_ids": IDS, **arguments})
+        assert session.cache is held  # and not let go for nothing
+        assert held.get_seq_length() == 99
 
 
 def test_a_chunk_may_be_smaller_than_a_methods_own_wide_window():

@@ -1,7 +1,9 @@
 """The captured decoding step, with the capture itself replaced by running the same step again; see test_gpu.py."""
 
+import copy
 import functools
 import gc
+import weakref
 
 import pytest
 import torch
@@ -287,6 +289,21 @@ def test_a_pool_lends_to_one_storage_at_a_time():
     del other
     pool.close()
     assert pool._free is None
+
+
+def test_a_pool_has_the_grown_buffers_back_and_the_old_ones_can_go():
+    pool = Pool()
+    key = torch.randn(2, 3, 20, 8)
+    positions = torch.arange(20).expand(2, 3, 20).int()
+    one = Storage.whole(key, key, positions, 5, pool=pool)
+    old = weakref.ref(one.keys)
+    one.append(key, key, positions, 5)
+    assert old() is None
+    grown, fork = one.keys, copy.deepcopy(one)
+    del fork  # owns its buffers
+    assert pool._free is None
+    del one
+    assert Storage.whole(key, key, positions, 5, pool=pool).keys is grown
 
 
 def test_what_can_not_be_captured_is_said(monkeypatch):

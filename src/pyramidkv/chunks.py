@@ -34,6 +34,12 @@ def prefill(
     Raises:
         ConfigError: `chunk` or a shape is not what is allowed, or the cache has seen tokens; nothing was fed.
     """
+    check_prompt(input_ids, attention_mask, chunk, cache.config)
+    if cache.get_seq_length() > 0:
+        raise ConfigError(
+            f"cache has seen {cache.get_seq_length()} tokens: prefill() begins a context; feed another turn to the "
+            "model itself, or reset() the cache"
+        )
     logits = feed(model, input_ids, cache, chunk=chunk, attention_mask=attention_mask, read=True)
     return logits[:, -1]
 
@@ -41,14 +47,7 @@ def prefill(
 def feed(
     model: Any, input_ids: Tensor, cache: PyramidKVCache, *, chunk: int, attention_mask: Tensor | None, read: bool
 ) -> Tensor:
-    """As `prefill`; returns the logits (B, 1, V), which are garbage unless they are to be `read`."""
-    check_chunk(chunk, cache.config)
-    check_tokens(input_ids, attention_mask)
-    if cache.get_seq_length() > 0:
-        raise ConfigError(
-            f"cache has seen {cache.get_seq_length()} tokens: prefill() begins a context; feed another turn to the "
-            "model itself, or reset() the cache"
-        )
+    """As `prefill`, of what has been checked; returns the logits (B, 1, V), garbage unless they are to be `read`."""
     tokens = input_ids.shape[1]
     if attention_mask is None:
         counts, positions = [tokens] * len(input_ids), None
@@ -86,8 +85,9 @@ def even_sizes(tokens: int, chunk: int) -> list[int]:
     return sizes
 
 
-def check_tokens(input_ids: Any, attention_mask: Any) -> None:
-    """Raise `ConfigError` for what is no batch of tokens, or no mask of it."""
+def check_prompt(input_ids: Any, attention_mask: Any, chunk: Any, config: CompressionConfig) -> None:
+    """Raise `ConfigError` for what is no batch of tokens, no mask of it, or no chunk that `config` allows."""
+    check_chunk(chunk, config)
     for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
         if not isinstance(value, Tensor) and (name == "input_ids" or value is not None):
             raise ConfigError(f"{name} is a {type(value).__name__}: it must be a tensor, (batch, tokens)")

@@ -77,7 +77,7 @@ class PackedStorage:
         packed = Pages.gather(key, value, old, limits, recent, bits, pages, found, again)
         storage = cls(packed, pack_positions(positions, old, tokens), newest)
         if pool is not None:
-            pool.lend_pages(storage)
+            pool.lend_pages(storage, packed)
         return storage
 
     @property

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pyramidkv.ops.pages import Pages, PageShape
-    from pyramidkv.packed import PackedStorage
-    from pyramidkv.storage import Storage
+from pyramidkv.ops.pages import Pages, PageShape
 
 Buffers = tuple[Tensor, Tensor, Tensor]  # keys (B, H, C, D), values (B, H, C, Dv), positions (B, H, C) int32
 
 
+class Lease:
+    """Gives something back when nobody uses its holder any more."""
+
+    def __init__(self, holder: object, back: Callable[[Any], None], what: object) -> None:
+        self._back = back
+        self._end = weakref.finalize(holder, back, what)
+        self._end.atexit = False
+
+    def instead(self, holder: object, what: object) -> Lease:
+        """The lease of something else in the place of what was lent, which may go."""
+        self._end.detach()
+        return Lease(holder, self._back, what)
+
+
 class Pool:
-    """The buffers of one layer, lent to one `Storage` at a time for as long as that is in use; and so its pages."""
+    """The buffers of one layer, lent to one holder at a time for as long as that is in use; and so its pages."""
 
     def __init__(self) -> None:
         self._free: Buffers | None = None
@@ -38,19 +50,18 @@ class Pool:
             alike = alike and (*have[:2], have[3]) == (*want[:2], want[3]) and want[2] <= have[2] <= 2 * want[2]
         return free if alike else None
 
-    def lend(self, storage: Storage) -> None:
-        """Have the buffers of `storage` back when nobody uses it any more."""
-        storage.lease = weakref.finalize(storage, self._give, storage.buffers())
-        storage.lease.atexit = False
+    def lend(self, holder: object, buffers: Buffers) -> Lease:
+        """Have buffers back when nobody uses their holder any more."""
+        return Lease(holder, self._give, buffers)
 
     def take_pages(self, shape: PageShape, rows: int) -> Pages | None:
         """The free pages if they have room for as many rows of that shape; if not, they are given up."""
         free, self._pages = self._pages, None
         return free if free is not None and free.serves(shape, rows) else None
 
-    def lend_pages(self, storage: PackedStorage) -> None:
-        """Have the pages of `storage` back when nobody uses it any more."""
-        weakref.finalize(storage, self._give_pages, storage.pages).atexit = False
+    def lend_pages(self, holder: object, pages: Pages) -> None:
+        """Have pages back when nobody uses their holder any more."""
+        Lease(holder, self._give_pages, pages)
 
     def close(self) -> None:
         """Keep nothing from now on."""

@@ -97,7 +97,7 @@ class Lender:
         keys, values, positions = (t[here] for t in self.whole.buffers())
         return keys, values, positions
 
-    def lend(self, storage: Storage) -> None:
+    def lend(self, holder: object, buffers: Buffers) -> None:
         """The whole goes back to the pool, not its parts."""
 
     def take_pages(self, shape: PageShape, rows: int) -> Pages:
@@ -110,7 +110,7 @@ class Lender:
         self._paged = here.stop
         return self.pages.part(here)
 
-    def lend_pages(self, storage: PackedStorage) -> None:
+    def lend_pages(self, holder: object, pages: Pages) -> None:
         """As `lend`."""
 
     def _row_pages(self, shape: PageShape) -> int:
@@ -154,7 +154,7 @@ def join(layer: PyramidKVLayer, parts: Sequence[PyramidKVLayer], lender: Lender)
         bitmaps = [pad(s.bitmap, (0, tokens - s.bitmap.shape[2])) for s in packed]
         layer.storage = PackedStorage(pages, torch.cat(bitmaps), new)
         if layer.pool is not None:
-            layer.pool.lend_pages(layer.storage)
+            layer.pool.lend_pages(layer.storage, pages)
 
 
 def _offset(part: PyramidKVLayer) -> Tensor:

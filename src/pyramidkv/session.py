@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
-from pyramidkv.chunks import asked_chunk, check_chunk, check_tokens, feed
+from pyramidkv.chunks import asked_chunk, check_chunk, check_prompt, feed
 from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.graph import DecodeGraph, why_eager
 from pyramidkv.errors import CompressionWarning, ConfigError, PyramidKVError, UnsupportedError
@@ -114,8 +114,7 @@ class Session:
         """
         if not self.is_open:
             raise ConfigError("session: is closed; prefill() works inside `with pyramidkv.compress(model, ...)`")
-        check_chunk(chunk, self.config)
-        check_tokens(input_ids, attention_mask)
+        check_prompt(input_ids, attention_mask, chunk, self.config)
         self._settle()
         cache = self._make_cache()
         if input_ids.shape[-1] > 1:

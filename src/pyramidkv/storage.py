@@ -7,7 +7,6 @@ flows through it.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from pyramidkv.ops.append import append
 from pyramidkv.ops.compact import compact
 from pyramidkv.ops.split_attention import wants_tokens
-from pyramidkv.pool import Pool
+from pyramidkv.pool import Lease, Pool
 
 POSITION_BYTES = 4  # int32
 
@@ -44,7 +43,7 @@ class Spec(NamedTuple):
 class Storage:
     """Keys (B, H, C, D), values (B, H, C, Dv) and positions (B, H, C) int32 of capacity C, `length` slots in use."""
 
-    lease: weakref.finalize[Any, Any] | None = None  # of buffers that belong to a pool
+    lease: Lease | None = None  # of buffers that belong to a pool
 
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, length: int, padded: bool) -> None:
         self.keys = keys
@@ -81,7 +80,7 @@ class Storage:
             )
         new = cls(*found, 0, padded)
         if pool is not None:
-            pool.lend(new)
+            new.lease = pool.lend(new, found)
         return new
 
     @classmethod
@@ -222,9 +221,8 @@ class Storage:
             new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
             new[:, :, : self.length] = old[:, :, : self.length]
             setattr(self, name, new)
-        if self.lease is not None and (lent := self.lease.detach()) is not None:  # the old buffers may go
-            self.lease = weakref.finalize(self, lent[1], self.buffers())
-            self.lease.atexit = False
+        if self.lease is not None:
+            self.lease = self.lease.instead(self, self.buffers())
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "lease"}  # a copy owns its buffers
