@@ -1,5 +1,8 @@
 """What the engine cannot do is one of its own errors, and the message says what was wrong and what to do."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -33,6 +36,7 @@ def under(name=LLAMA, **options):
         ({"budget": -1}, "budget=-1: must be a whole number, at least 1"),
         ({"method": "pyramid", "budget": 64}, "method='pyramid': unknown; did you mean 'pyramidkv'"),
         ({"widnow": 3, "budget": 64}, "widnow=3: unknown; did you mean 'window'"),
+        ({"layers": (1, 1), "budget": 64}, "layers=.*has 2 numbers; this model has 3 layers"),
         ({}, "exactly one of budget=, keep=, share=, bytes="),
     ],
     ids=str,
@@ -50,9 +54,125 @@ def test_bad_settings_are_found_before_the_model_runs(make, options, message):
 @pytest.mark.parametrize(
     "make", [pyramidkv.compress, lambda m, c, **o: PyramidKVCache(m.config, c, **o)], ids=["compress", "cache"]
 )
-def test_a_config_and_options_together_are_refused(make):
+def test_what_is_no_config_is_refused(make):
     with pytest.raises(ConfigError, match="window: give either config= or keyword options"):
         make(model(LLAMA), pyramidkv.CompressionConfig(budget=64), window=3)
+    for config in (0.25, "snapkv", {"keep": 0.25}):
+        with pytest.raises(ConfigError, match=r"config=.*must be a CompressionConfig.*keep=0.25"):
+            make(model(LLAMA), config)
+
+
+def test_a_session_that_was_never_opened_says_so():
+    plain = model(LLAMA)
+    session = pyramidkv.compress(plain, **SMALL)
+    generate(plain)
+    with pytest.raises(PyramidKVError, match="never opened; write `with"):
+        session.report()
+
+
+@pytest.mark.parametrize("how", ["model", "in place", "forward", "layer"])
+def test_a_model_given_to_torch_compile_is_refused(how):
+    plain = model(LLAMA)
+    match how:
+        case "model":
+            plain = torch.compile(plain, backend="eager")
+        case "in place":
+            plain.compile(backend="eager")
+        case "forward":
+            plain.forward = torch.compile(plain.forward, backend="eager")
+        case "layer":
+            plain.model.layers[1].compile(backend="eager")
+    with pytest.raises(UnsupportedError, match=r"model: was given to torch\.compile"):
+        pyramidkv.compress(plain, **SMALL).open()
+    assert plain.config._attn_implementation == "sdpa"
+
+
+def test_a_compiled_model_made_in_a_session_gives_what_the_session_gives():
+    plain = model(LLAMA)
+    with torch.no_grad(), pyramidkv.compress(plain, **SMALL) as session:
+        expected = plain(IDS).logits, plain(IDS[:, :1], past_key_values=session.cache).logits
+        compiled = torch.compile(plain, backend="eager")
+        first = compiled(IDS)
+        assert torch.equal(first.logits, expected[0])
+        assert torch.equal(compiled(IDS[:, :1], past_key_values=first.past_key_values).logits, expected[1])
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_model_under_compression_is_refused(how):
+    plain = model(LLAMA)
+    with pyramidkv.compress(plain, **SMALL) as session:
+        expected = generate(plain)
+        with pytest.raises(UnsupportedError, match=r"model: is under compression.*outside the session"):
+            how(plain)
+        with pytest.raises(UnsupportedError, match=r"pickled; use cache\.save"):
+            pickle.dumps(session.cache)
+        assert torch.equal(generate(plain), expected)
+    assert torch.equal(generate(copy.deepcopy(plain)), generate(plain))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_cache_of_another_model_s_config_that_runs_another_attention(attention):
+    ours, _ = under()
+    other = model(LLAMA)
+    other.set_attn_implementation(attention)
+    with pytest.raises(UnsupportedError, match=r"attends without 'pyramidkv'.*its own model\.config"):
+        generate(other, past_key_values=PyramidKVCache(ours.config, **SMALL))
+
+
+def test_tokens_that_generate_takes_for_seen():
+    plain, cache = under()
+    generate(plain, past_key_values=cache)
+    with pytest.raises(ConfigError, match=r"zero tokens behind the 44 that .* has seen: give .*attention_mask"):
+        generate(plain, IDS[:, :9], past_key_values=cache)
+
+
+def test_rows_for_beams_can_be_repeated():
+    plain, cache = under()
+    with torch.no_grad():
+        plain(IDS[:, :-1], past_key_values=cache)
+    with pytest.raises(ConfigError, match=r"1 rows; the new tokens have 3: .*batch_repeat_interleave\(3\)"):
+        generate(plain, past_key_values=cache.fork(), num_beams=3)
+    cache.batch_repeat_interleave(3)
+    assert generate(plain, past_key_values=cache, num_beams=3, num_return_sequences=3).shape == (3, 45)
+
+
+@pytest.mark.parametrize("tokens", ["a", None, 1.5])
+def test_a_crop_by_what_is_no_number(tokens):
+    _, cache = under()
+    with pytest.raises(ConfigError, match=r"tokens_to_remove=.*must be a whole number"):
+        cache.crop(tokens)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"there", "x" * 300], ids=lambda path: type(path).__name__)
+def test_what_can_be_no_file(path):
+    plain, cache = under()
+    with torch.no_grad():
+        plain(IDS, past_key_values=cache)
+    with pytest.raises(ConfigError, match=r"path=.*can't be the name of a file"):
+        cache.save(path)
+    with pytest.raises(ConfigError, match=r"path=.*can't be the name of a file"):
+        PyramidKVCache.load(path, plain.config)
+
+
+def test_a_name_with_a_null_byte(tmp_path):
+    plain, cache = under()
+    with torch.no_grad():
+        plain(IDS, past_key_values=cache)
+    with pytest.raises(pyramidkv.DataError, match="can't be written"):
+        cache.save(str(tmp_path / "a\0b"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("cache", [None, DynamicCache()], ids=lambda cache: type(cache).__name__)
+def test_chunks_for_what_is_no_cache_of_ours(cache):
+    with pytest.raises(ConfigError, match=f"cache is a {type(cache).__name__}: it must be a PyramidKVCache"):
+        pyramidkv.prefill(under()[0], IDS, cache, chunk=20)
+
+
+def test_chunks_of_no_rows():
+    plain, cache = under()
+    with pytest.raises(ConfigError, match=r"input_ids has shape \(0, 40\)"):
+        pyramidkv.prefill(plain, IDS[:0], cache, chunk=20)
 
 
 def test_a_budget_above_the_prompt_warns_that_nothing_was_compressed():

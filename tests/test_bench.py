@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from families import model
-from pyramidkv import CompressionConfig, ConfigError, models
+from pyramidkv import CompressionConfig, ConfigError, PyramidKVError, models
 from pyramidkv.cli.bench import _others, _that_fit
 from pyramidkv.evaluate import bench, recall, schema, tasks, texts
 from pyramidkv.evaluate.bench import Settings
@@ -63,6 +63,27 @@ def test_a_run_writes_every_kind_of_record(folder, tmp_path):
     )
     assert sum(layers.budget_tokens) == 3 * 30
     assert ("speed at batch 1", 2, 2) in seen
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": (1, 2)}, "has 2 numbers; this model has 3 layers"),
+        ({"decode": "graph"}, "decode='graph': the model"),
+    ],
+    ids=["layers", "decode"],
+)
+def test_settings_that_do_not_go_with_the_model_are_refused_before_anything_is_measured(
+    options, message, folder, tmp_path
+):
+    wrong = CompressionConfig(keep=0.5, window=8, **options)
+    with pytest.raises(PyramidKVError, match=message):
+        bench.run(
+            settings(folder, configs=(wrong,), device="cpu"),
+            tmp_path / "new",
+            progress=lambda *_: pytest.fail("something was measured"),
+        )
+    assert not (tmp_path / "new").exists()
 
 
 def test_corpora_named_take_the_place_of_the_default(tmp_path):

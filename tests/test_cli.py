@@ -177,6 +177,8 @@ ERRORS = [
     ("generate text --device gpu", "--device 'gpu': unknown; did you mean 'cpu'"),
     ("generate text -m MODEL --decode graph --device cpu", "--decode 'graph': "),
     ("generate text --save-cache SHORT", "--save-cache 'SHORT': is there already; give --force"),
+    ("generate text --save-cache .", "--save-cache '.': is a folder"),
+    ("generate text --layers 1,2 -m MODEL", "--layers (1.0, 2.0): has 2 numbers; this model has 3 layers"),
     ("generate text --save-cache NONE/a", "--save-cache 'NONE/a': is a folder, or in one that is not there"),
     ("generate text --load-cache NONE", "--load-cache 'NONE': no such file"),
     ("generate text --load-cache SHORT --compare", "--compare: the full cache of a saved prompt is not there"),

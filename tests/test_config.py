@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,6 +86,14 @@ def test_a_config_error_is_a_value_error_of_this_package():
 def test_the_edges_of_what_is_allowed_are_allowed(options):
     config = CompressionConfig.make(**options)
     assert all(getattr(config, name) == value for name, value in options.items() if name != "bytes")
+
+
+def test_numbers_of_numpy_are_numbers():
+    swept = CompressionConfig(keep=np.float32(0.5), window=np.int64(16), beta=np.float64(2))
+    assert swept == CompressionConfig(keep=0.5, window=16, beta=2.0)
+    assert (type(swept.keep), type(swept.window)) == (float, int)
+    with pytest.raises(ConfigError, match=r"bits=4\.0"):
+        CompressionConfig(keep=0.5, bits=4.0)
 
 
 def test_a_config_cannot_be_changed():

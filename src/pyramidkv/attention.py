@@ -59,7 +59,12 @@ def pyramidkv_mask(
 ) -> NewTokens | Tensor | None:
     """The mask function: `NewTokens` for plain causal layers; for sliding windows and others what "sdpa" would get."""
     if q_length == 0:
-        raise ConfigError("input_ids has zero tokens; a forward needs at least one")
+        # generate() takes what a cache has seen off the front of input_ids, unless the mask covers more than those.
+        behind = (
+            f" behind the {kv_length} that past_key_values has seen: give generate() the whole text, those included, "
+            "or the new tokens and an attention_mask with a column for every token seen and every new one"
+        )
+        raise ConfigError(f"input_ids has zero tokens{behind if kv_length else '; a forward needs at least one'}")
     if mask_function is causal_mask_function:
         offset = kwargs.get("q_offset", 0)
         if isinstance(offset, Tensor) or kv_length != offset + q_length:

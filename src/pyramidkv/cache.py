@@ -12,6 +12,7 @@ sequence; what is stored is physical and shorter. Scores, budgets and buffers li
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,7 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, model_config: Any, config: CompressionConfig | None = None, **options: Any) -> None:
-        if config is not None and options:
-            raise ConfigError(f"{next(iter(options))}: give either config= or keyword options, not both")
-        self.config = CompressionConfig.make(**options) if config is None else config
+        self.config = CompressionConfig.given(config, options)
         self.plan = plan_of(self.config, cache_shape(model_config))
         self._model_config = model_config.get_text_config(decoder=True)
         make_scorer = METHODS[self.config.method].scorer
@@ -113,7 +112,21 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
             )
         if layer_idx == 0:
             self.recover()
+        elif self._skipped(layer_idx - 1, layer_idx):
+            raise UnsupportedError(
+                f"past_key_values: this model attends without {ATTENTION_NAME!r}, and would compress nothing; call "
+                f"model.set_attn_implementation({ATTENTION_NAME!r}) on it and give the cache its own model.config, or "
+                "use pyramidkv.compress(model, ...)"
+            )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _skipped(self, before: int, layer_idx: int) -> bool:
+        """Whether layer `before` got this forward's keys and no one attended to them; `layer_idx` is yet to get them.
+
+        The config that the cache knows says which attention its own model runs, not which that of another would.
+        """
+        layer = self.layers[before]
+        return isinstance(layer, PyramidKVLayer) and layer.seen == self.layers[layer_idx].get_seq_length()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest tokens, exactly, as far back as the last forward that evicted or packed anything.
@@ -123,8 +136,13 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
                 positive number is the length to go back to, as in transformers before 5.20.
 
         Raises:
+            ConfigError: not a whole number, or more tokens than were seen.
             UnsupportedError: something was evicted since then, or a sliding window has let its oldest tokens go.
         """
+        try:
+            tokens_to_remove = operator.index(tokens_to_remove)
+        except TypeError:
+            raise ConfigError(f"tokens_to_remove={tokens_to_remove!r}: must be a whole number") from None
         self.recover()
         seen = self.get_seq_length()
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(seen - tokens_to_remove, 0)
@@ -237,6 +255,11 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
         memo[id(self)] = new
         new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
         return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError(
+            "a PyramidKVCache can't be pickled; use cache.save(path) and PyramidKVCache.load(path, ...)"
+        )
 
     def __repr__(self) -> str:
         return f"PyramidKVCache(method={self.config.method!r}, {self.config.describe()}, seen={self.get_seq_length()})"

@@ -34,6 +34,8 @@ def prefill(
     Raises:
         ConfigError: `chunk` or a shape is not what is allowed, or the cache has seen tokens; nothing was fed.
     """
+    if not isinstance(cache, PyramidKVCache):
+        raise ConfigError(f"cache is a {type(cache).__name__}: it must be a PyramidKVCache")
     check_prompt(input_ids, attention_mask, chunk, cache.config)
     if cache.get_seq_length() > 0:
         raise ConfigError(
@@ -91,7 +93,7 @@ def check_prompt(input_ids: Any, attention_mask: Any, chunk: Any, config: Compre
     for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
         if not isinstance(value, Tensor) and (name == "input_ids" or value is not None):
             raise ConfigError(f"{name} is a {type(value).__name__}: it must be a tensor, (batch, tokens)")
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise ConfigError(f"input_ids has shape {tuple(input_ids.shape)}: it must be (batch, tokens), with a token")
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
         raise ConfigError(f"input_ids has dtype {input_ids.dtype}: tokens are integers")

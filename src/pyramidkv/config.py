@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import re
 import zlib
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ class CompressionConfig:
     decode: str = "auto"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _own_number(getattr(self, field.name)))
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise ConfigError(f"method={self.method!r}: {unknown(self.method, METHODS)}")
         self._fill()
@@ -97,7 +100,7 @@ class CompressionConfig:
             raise ConfigError(f"give exactly one of {every}; got {got or 'none'}")
         for name, least in (("window", 1), ("recent", 0), ("kernel", 1), ("sinks", 0), ("seed", 0), ("room", 1)):
             _integer(name, getattr(self, name), least)
-        if self.bits not in BITS or isinstance(self.bits, bool):
+        if self.bits not in BITS or not isinstance(self.bits, int):
             raise ConfigError(f"bits={self.bits!r}: must be one of {', '.join(map(str, BITS))}")
         if self.slack is not None:
             _integer("slack", self.slack, 1)
@@ -143,6 +146,19 @@ class CompressionConfig:
             if name not in names:
                 raise ConfigError(f"{name}={options[name]!r}: {unknown(name, names)}")
         return cls(**options)
+
+    @classmethod
+    def given(cls, config: Any, options: dict[str, Any]) -> CompressionConfig:
+        """What a caller gave, as `config` or as keyword options. Raises `ConfigError` for both, or anything else."""
+        if config is None:
+            return cls.make(**options)
+        if options:
+            raise ConfigError(f"{next(iter(options))}: give either config= or keyword options, not both")
+        if not isinstance(config, cls):
+            raise ConfigError(
+                f"config={config!r}: must be a CompressionConfig; or give each setting by its name, such as keep=0.25"
+            )
+        return config
 
     @property
     def floor(self) -> int:
@@ -219,6 +235,13 @@ def _weights(value: Any) -> tuple[float, ...]:
     if not weights or not all(0 < weight < math.inf for weight in weights):
         raise ConfigError(f"layers={value!r}: must be positive numbers, one a layer, such as '1.5, 1, 0.5'")
     return weights
+
+
+def _own_number(value: Any) -> Any:
+    """A number of another library's (numpy's, from a sweep) as Python's own; everything else as it is."""
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _number(value: object) -> bool:

@@ -255,9 +255,13 @@ class PyramidKVLayer(EvictingLayer, CacheLayerMixin):  # type: ignore[misc]
             ("as dtype", self.storage.dtype, self._stored_as(key_states)),
         ):
             if had != has:
+                repeats, rest = divmod(rows, old.rows)
+                instead = "use another PyramidKVCache or reset() it"
+                if what == "rows" and rest == 0:
+                    instead = f"its batch_repeat_interleave({repeats}) repeats each row, as beams want it"
                 raise ConfigError(
                     f"past_key_values was filled with {had} {what}; the new tokens have {has}: a cache goes on with "
-                    "the model, the batch and the dtype that it began with; use another PyramidKVCache or reset() it"
+                    f"the model, the batch and the dtype that it began with; {instead}"
                 )
 
     def _columns(self, new: int, device: torch.device) -> Tensor:

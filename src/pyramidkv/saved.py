@@ -46,7 +46,7 @@ _MODEL_FIELDS = ("hidden_size", "num_attention_heads", "vocab_size", "rope_param
 
 def write(path: str | Path, layers: Any, config: CompressionConfig, model_config: Any, *, overwrite: bool) -> None:
     """Save the layers of a cache; see `PyramidKVCache.save`."""
-    path = Path(path)
+    path = _path(path)
     _check_place(path, overwrite)
     tensors: Tensors = {}
     facts = []
@@ -68,7 +68,7 @@ def write(path: str | Path, layers: Any, config: CompressionConfig, model_config
 def read(path: str | Path, model_config: Any, device: Any) -> tuple[CompressionConfig, Callable[[Any], None]]:
     """The config of a saved cache, and a function that fills the layers of a fresh one; see `PyramidKVCache.load`."""
     shown = repr(str(path))
-    if not Path(path).is_file():
+    if not _path(path).is_file():
         raise DataError(f"path={shown}: no such file")
     own = fingerprint(model_config)
     _check_device(device)
@@ -230,6 +230,15 @@ def _check_shape(tensors: Tensors, shape: CacheShape, index: int) -> None:
             raise ValueError(f"{name} of shape {tuple(found)}")
 
 
+def _path(path: Any) -> Path:
+    try:
+        found = Path(path)
+        found.is_file()  # some names the system refuses to look for
+    except (TypeError, OSError) as error:
+        raise ConfigError(f"path={path!r}: can't be the name of a file ({error})") from error
+    return found
+
+
 def _check_place(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise DataError(f"path={str(path)!r}: is a folder; give the name of a file")
@@ -250,7 +259,7 @@ def _write(path: Path, tensors: Tensors, metadata: dict[str, str], overwrite: bo
             os.fsync(file.fileno())
         _check_place(path, overwrite)  # it may have come into being in the meantime
         os.replace(part, path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a null byte in the name
         raise DataError(f"path={str(path)!r}: can't be written ({error})") from error
     finally:
         if part is not None:

@@ -17,9 +17,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
 from pyramidkv.chunks import asked_chunk, check_chunk, check_prompt, feed
 from pyramidkv.config import CompressionConfig
-from pyramidkv.decode.graph import DecodeGraph, why_eager
+from pyramidkv.decode.graph import DecodeGraph, can_capture
 from pyramidkv.errors import CompressionWarning, ConfigError, PyramidKVError, UnsupportedError
 from pyramidkv.parallel import check_heads
+from pyramidkv.plan import plan_of
 from pyramidkv.rotations import rotate_at_once
 from pyramidkv.rows import can_group, prefill_rows, row_groups
 from pyramidkv.shape import cache_shape
@@ -35,7 +36,8 @@ class Session:
         self.config = config
         if not hasattr(model, "config") or not hasattr(model, "set_attn_implementation"):
             raise ConfigError(f"model is a {type(model).__name__}: it must be a transformers model")
-        cache_shape(self.model.config)  # an unsupported model is an error here, not in the middle of a forward
+        # An unsupported model, or settings that do not go with it, are errors here, not in the middle of a forward.
+        plan_of(config, cache_shape(self.model.config))
         check_heads(self.model)
         self._cache: PyramidKVCache | None = None
         self._usage: CacheUsage | None = None
@@ -53,16 +55,27 @@ class Session:
     def open(self) -> Session:
         """Start compressing. Raises `ConfigError` if this or another session is open on the model."""
         if self.is_open or self.model.config._attn_implementation == ATTENTION_NAME:
-            raise ConfigError("model: is already under compression; close that session first")
+            raise ConfigError(
+                "model: is already under compression; close that session first, or call "
+                "model.set_attn_implementation('sdpa') if it was you who set this attention"
+            )
+        if _is_compiled(self.model):
+            raise UnsupportedError(
+                "model: was given to torch.compile, which can't see through a cache that evicts; open the session on a "
+                "model that was not (decode='compiled' compiles the step of decoding on a GPU)"
+            )
         self._usage, self._evicted = None, False
         self._graph = self._make_graph()
         self._attention = self.model.config._attn_implementation
         self.model.set_attn_implementation(ATTENTION_NAME)
-        self._hook = self.model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
+        # The compiler of a torch.compile(model) made inside the session leaves what is ours alone.
+        give_cache: Any = torch.compiler.disable(self._give_cache)  # type: ignore[no-untyped-call]
+        self._hook = self.model.register_forward_pre_hook(give_cache, with_kwargs=True)
         self._restore = [
             slice_mlps(self.model),
             rotate_at_once(self.model),
             replace(self.model, "forward", self._forward),
+            replace(self.model, "__reduce_ex__", _not_copied),  # what copy.deepcopy and pickle ask for
         ]
         if hasattr(self.model, "generate"):
             self._restore.append(replace(self.model, "generate", self._generate))
@@ -126,6 +139,10 @@ class Session:
         """What the newest cache holds (or held, once the session is closed). Raises if there was none."""
         if self._cache is not None:
             return self._cache.report()
+        if self._attention is None:
+            raise PyramidKVError(
+                "nothing to report: the session was never opened; write `with pyramidkv.compress(...) as session:`"
+            )
         if self._usage is None:
             raise PyramidKVError("nothing to report: the model has not run with a cache in this session")
         return self._usage
@@ -191,19 +208,16 @@ class Session:
 
     def _make_graph(self) -> DecodeGraph | None:
         """What decodes, as `config.decode` asks; None: the model's own forward."""
-        wish = self.config.decode
-        why = "asked for" if wish == "eager" else why_eager(self.model, self.config)
-        if why is not None:
-            if wish in ("graph", "compiled"):
-                raise UnsupportedError(f"decode={wish!r}: {why}; use decode='auto' or 'eager'")
+        if not can_capture(self.model, self.config):
             return None
         layers = len(cache_shape(self.model.config).layers)
-        return DecodeGraph(self.model, self.model.forward, layers, compiled=wish == "compiled")
+        return DecodeGraph(self.model, self.model.forward, layers, compiled=self.config.decode == "compiled")
 
     def _forward(self, forward: Any) -> Any:
         """The model's forward, but that a single new token a row goes through the captured step, and a large batch of
         prompts a few rows at a time."""
 
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
             cache = kwargs.get("past_key_values")
@@ -240,6 +254,27 @@ class Session:
             self._usage = self._cache.report()
             self._evicted |= self._usage.shrunk
         self._cache = None
+
+
+def _is_compiled(model: Any) -> bool:
+    """Whether `torch.compile` made the model, its forward, or a module in it."""
+    modules = [model, *model.modules()]
+    return any(
+        hasattr(module, "_orig_mod")
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in modules
+    )
+
+
+def _not_copied(_: Any) -> Callable[..., Any]:
+    def refuse(*args: Any) -> Any:
+        raise UnsupportedError(
+            "model: is under compression, and a copy would run this model's forward in place of its own; copy or "
+            "pickle it outside the session (save_pretrained and state_dict work inside)"
+        )
+
+    return refuse
 
 
 def _plain(kwargs: dict[str, Any]) -> bool:
@@ -286,6 +321,4 @@ def compress(model: torch.nn.Module, config: CompressionConfig | None = None, **
         ConfigError: an option is unknown or outside what is allowed; the model is already under compression.
         UnsupportedError: the model's architecture is not one that can be compressed.
     """
-    if config is not None and options:
-        raise ConfigError(f"{next(iter(options))}: give either config= or keyword options, not both")
-    return Session(model, CompressionConfig.make(**options) if config is None else config)
+    return Session(model, CompressionConfig.given(config, options))

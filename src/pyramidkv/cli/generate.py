@@ -76,7 +76,7 @@ def generate(
     from pyramidkv.models.source import load_model
     from pyramidkv.session import compress
 
-    loaded = load_model(model, device=device, dtype=dtype)
+    loaded = load_model(model, device=device, dtype=dtype, settings=(config,))
     if loaded.tokenizer is None:
         raise ConfigError(f"model={model!r}: has no tokenizer, so it can't read or write text; use {DEFAULT_MODEL!r}")
     past = None
@@ -124,10 +124,10 @@ def _check_cache_files(
     save: Path | None, load: Path | None, *, force: bool, compare: bool, options: dict[str, Any]
 ) -> None:
     """Raise before any model is loaded."""
-    if save is not None and save.exists() and not force:
-        raise ConfigError(f"save_cache={str(save)!r}: is there already; give --force to overwrite it")
     if save is not None and (save.is_dir() or not save.absolute().parent.is_dir()):
         raise ConfigError(f"save_cache={str(save)!r}: is a folder, or in one that is not there; give a file's name")
+    if save is not None and save.exists() and not force:
+        raise ConfigError(f"save_cache={str(save)!r}: is there already; give --force to overwrite it")
     if load is None:
         return
     if not load.is_file():

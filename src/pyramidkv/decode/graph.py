@@ -22,6 +22,7 @@ from pyramidkv.decode.ahead import Ahead
 from pyramidkv.decode.compiled import compiled_step
 from pyramidkv.decode.evictions import Evictions
 from pyramidkv.decode.step import PLACES, Place, Step, StepCache, step_of
+from pyramidkv.errors import UnsupportedError
 from pyramidkv.ops import kernels
 from pyramidkv.ops.pages import Pages
 from pyramidkv.packed import PackedStorage
@@ -81,6 +82,14 @@ def why_eager(model: Any, config: CompressionConfig) -> str | None:
     if config.kv_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         return f"kv_dtype={config.kv_dtype!r} is not what the model computes in"
     return None
+
+
+def can_capture(model: Any, config: CompressionConfig) -> bool:
+    """Whether a session captures its steps. Raises `UnsupportedError` if it can't and `config.decode` asks for it."""
+    why = "asked for" if config.decode == "eager" else why_eager(model, config)
+    if why is not None and config.decode in ("graph", "compiled"):
+        raise UnsupportedError(f"decode={config.decode!r}: {why}; use decode='auto' or 'eager'")
+    return why is None
 
 
 @dataclass

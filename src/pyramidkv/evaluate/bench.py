@@ -16,6 +16,7 @@ import torch
 
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
 from pyramidkv.config import CompressionConfig, unknown
+from pyramidkv.decode.graph import can_capture
 from pyramidkv.errors import ConfigError, DataError
 from pyramidkv.evaluate import origin, perplexity, recall, schema, serving, speed, tasks, texts
 from pyramidkv.evaluate.lengths import check_length
@@ -131,7 +132,10 @@ def _run(settings: Settings, out: Path, ranks: Ranks, *, resume: bool, force: bo
     existing = _existing(path, resume, force) if ranks.first else []
     corpora, skipped = _corpora(settings)
     ranks.same("corpora", [(corpus.name, corpus.sha256) for corpus in corpora])
-    loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+    loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype, settings=settings.configs)
+    if {"speed", "serving"} & set(settings.metrics):
+        for config in settings.configs:
+            can_capture(loaded.model, config)  # an error now, not after all that is measured before
     head = _head(settings, loaded)
     file = _File(path, ranks)
     if existing:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 
 import pyramidkv.models as shipped
+from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError, DataError
 from pyramidkv.models.device import free_bytes, pick_device, pick_dtype
 from pyramidkv.models.hub import hub_problem
 from pyramidkv.models.shapes import DEFAULT_MODEL, RANDOM, SHAPES, shape_config
+from pyramidkv.plan import plan_of
 from pyramidkv.shape import cache_shape
 
 __all__ = ["DEFAULT_MODEL", "RANDOM", "LoadedModel", "count_parameters", "load_config", "load_model", "load_tokenizer"]
@@ -56,16 +59,20 @@ def load_config(name: str) -> Any:
     return _read("AutoConfig", name, _arguments(name))
 
 
-def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(
+    name: str, *, device: str = "auto", dtype: str = "auto", settings: Sequence[CompressionConfig] = ()
+) -> LoadedModel:
     """Load a model, or make one with random weights ("random:SHAPE"), in eval mode.
 
     Args:
         name: as for `load_config`, but a shape needs its "random:".
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N" or "mps".
         dtype: "auto" (float32 on a CPU, elsewhere the checkpoint's own), "float32", "float16" or "bfloat16".
+        settings: what it is to be compressed by.
 
     Raises:
-        ConfigError: a name, a device or a dtype that is not there; a model that does not fit.
+        ConfigError: a name, a device or a dtype that is not there; a model that does not fit, or that `settings` do not
+            go with.
         DataError: a model that can't be had or read.
         UnsupportedError: an architecture that can't be compressed.
     """
@@ -76,7 +83,9 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
             f"or {SHAPES[name].hub!r} for the trained ones from the hub"
         )
     config = load_config(name)
-    cache_shape(config)
+    shape = cache_shape(config)
+    for setting in settings:
+        plan_of(setting, shape)
     chosen = pick_dtype(dtype, place, config)
     parameters = count_parameters(config)
     random = name.startswith(RANDOM)
