@@ -215,7 +215,7 @@ def main() -> None:
         method=options.method, keep=keep, share=options.share, room=sizes.new, decode=graph
     )
     full = pyramidkv.CompressionConfig(method="full", room=sizes.new, decode=graph)
-    slow = 1.6 if captured.packs else 1.1
+    slow = 1.6 if captured.packs(0) else 1.1
     engines = {
         "compressed": [Engine(f"{captured.method}, {captured.describe()}", captured, 90 * slow, 10)],
         "full": [

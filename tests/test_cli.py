@@ -555,7 +555,7 @@ def test_recall_takes_every_amount(byte_model):
     ]
 
 
-def test_calibrate_prints_what_layers_takes(byte_model):
+def test_calibrate_prints_what_layers_takes(byte_model, monkeypatch):
     common = ("-m", byte_model, "--keep", 0.5)
     done = run("calibrate", *common, "--context", 600, "--prompts", 1)
     assert done.exit_code == 0, done.output
@@ -565,3 +565,8 @@ def test_calibrate_prints_what_layers_takes(byte_model):
     kept = [layer["budget_tokens"] for layer in json.loads(done.stdout)["layers"]]
     assert kept == pytest.approx([weight * 6144 / 2 for weight in weights], abs=2)
     assert run("plan", byte_model, "--layers", "1,2").exit_code == 2
+    monkeypatch.setattr("pyramidkv.calibration.NOISE", 0.0)
+    done = run("calibrate", *common, "--context", 600, "--prompts", 1)
+    assert [layer.partition(":")[2] for layer in done.stdout.strip().splitlines()[-1].split(",")] == ["8"] * 3
+    done = run("plan", byte_model, "--method", "auto", "--share", 0.5, "--layers", done.stdout.strip(), "--json")
+    assert done.exit_code == 0, done.output

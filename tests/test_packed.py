@@ -165,7 +165,7 @@ def test_pages_of_16_bits_change_nothing(name, lengths, monkeypatch):
     monkeypatch.setattr("pyramidkv.eviction.shared_pages", lambda *_: 4 * heads)
     found = []
     for packs in (False, True):
-        monkeypatch.setattr(pyramidkv.CompressionConfig, "packs", packs)
+        monkeypatch.setattr(pyramidkv.CompressionConfig, "packs", lambda *_, packs=packs: packs)
         cache = pyramidkv.PyramidKVCache(plain.config, method="snapkv", keep=0.6, window=8, room=3)
         out = [plain(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1:]]
         out.append(plain(more[:, :50], past_key_values=cache).logits)

@@ -46,7 +46,8 @@ class CompressionConfig:
         pooling: "avg" or "max".
         beta: slope of the pyramid (PyramidKV, section 4.2); 1 is uniform, larger is steeper.
         layers: what each layer's budget is to the others', bottom layer first, as numbers or a text of them ("1, 0.5");
-            in place of the method's own division. `pyramidkv.calibrate` measures them for a model.
+            in place of the method's own division. A pair of a number and bits, "0.5:8" in a text, stores that layer in
+            so many bits in place of `bits`. `pyramidkv.calibrate` measures both for a model.
         heads: "uniform": every KV head of a layer keeps as many tokens; "adaptive": the pages of 64 tokens that a layer
             can hold go to the heads whose scores are highest (Ada-KV, arXiv 2407.11550). "adaptive" for "auto".
         sinks: first tokens kept by "streamingllm" (arXiv 2309.17453).
@@ -73,7 +74,7 @@ class CompressionConfig:
     pooling: str = "avg"
     heads: str = None  # type: ignore[assignment]  # the method's own
     beta: float = 20.0
-    layers: tuple[float, ...] | str | None = None
+    layers: tuple[float | tuple[float, int], ...] | str | None = None
     sinks: int = 4
     seed: int = 0
     bits: int = None  # type: ignore[assignment]  # the method's own
@@ -118,7 +119,7 @@ class CompressionConfig:
         if self.pooling not in ("avg", "max"):
             raise ConfigError(f"pooling={self.pooling!r}: {unknown(self.pooling, ('avg', 'max'))}")
         if self.layers is not None:
-            object.__setattr__(self, "layers", _weights(self.layers))
+            object.__setattr__(self, "layers", _layers(self.layers))
             if self.method == "full":
                 raise ConfigError(f"layers={self.layers!r}: method='full' keeps everything in every layer")
         if not _number(self.beta) or not 1 <= self.beta < math.inf:
@@ -170,9 +171,20 @@ class CompressionConfig:
         return self.recent + 1
 
     @property
-    def packs(self) -> bool:
-        """Whether older slots are stored in pages."""
-        return self.bits != 16 or self.heads == "adaptive"
+    def weights(self) -> tuple[float, ...] | None:
+        """The numbers of `layers`."""
+        if not isinstance(self.layers, tuple):  # a config has parsed a text
+            return None
+        return tuple(layer[0] if isinstance(layer, tuple) else layer for layer in self.layers)
+
+    def bits_of(self, rank: int) -> int:
+        """Bits of a stored number in the compressed layer number `rank`."""
+        layer = self.layers[rank] if isinstance(self.layers, tuple) else None
+        return layer[1] if isinstance(layer, tuple) else self.bits
+
+    def packs(self, rank: int) -> bool:
+        """Whether older slots of the compressed layer number `rank` are stored in pages."""
+        return self.bits_of(rank) != 16 or self.heads == "adaptive"
 
     @property
     def free(self) -> int:
@@ -225,16 +237,32 @@ def parse_bytes(name: str, value: int | str) -> int:
     return size
 
 
-def _weights(value: Any) -> tuple[float, ...]:
-    """Positive numbers from a sequence or from a text with commas between them. Raises `ConfigError`."""
-    given = value.split(",") if isinstance(value, str) else value
+def _layers(value: Any) -> tuple[float | tuple[float, int], ...]:
+    """Positive numbers, or pairs of one and bits, from a sequence or a text of them. Raises `ConfigError`."""
+    given = [part.split(":") for part in value.split(",")] if isinstance(value, str) else value
     try:
-        weights = tuple(float(part) for part in given)
+        layers = tuple(_layer(part) for part in given)
     except (TypeError, ValueError):
-        weights = ()
-    if not weights or not all(0 < weight < math.inf for weight in weights):
-        raise ConfigError(f"layers={value!r}: must be positive numbers, one a layer, such as '1.5, 1, 0.5'")
-    return weights
+        layers = ()
+    if not layers:
+        raise ConfigError(
+            f"layers={value!r}: must be positive numbers, one a layer, such as '1.5, 1, 0.5'; "
+            f"bits, if any, behind a colon: '1.5, 1:8, 0.5', one of {', '.join(map(str, BITS))}"
+        )
+    return layers
+
+
+def _layer(part: Any) -> float | tuple[float, int]:
+    """A number, or a pair of one and bits; `ValueError` or `TypeError` for what is neither."""
+    number, *bits = part if isinstance(part, (tuple, list)) else (part,)
+    weight = float(number)
+    if not 0 < weight < math.inf or len(bits) > 1:
+        raise ValueError
+    if not bits:
+        return weight
+    if str(bits[0]).strip() not in map(str, BITS):
+        raise ValueError
+    return weight, int(bits[0])
 
 
 def _own_number(value: Any) -> Any:

@@ -73,7 +73,7 @@ class EvictingLayer:
         self.held, width = self._budget(key)
         padded = min(self.held) < width
         if width == slots and not padded and not isinstance(self.storage, PackedStorage):
-            if self.plan.config.packs:
+            if self.plan.config.packs(self.rank):
                 self.settled = self.seen + queries
             if lasting is not None:
                 self._score(seen)
@@ -143,7 +143,7 @@ class EvictingLayer:
         config, dtype = self.plan.config, self._stored_as(key)
         even = not isinstance(self.storage, PackedStorage)
         self.storage = None  # the old buffers may go before the new ones are made
-        if config.packs:
+        if config.packs(self.rank):
             if index is None:
                 index = torch.arange(key.shape[2], device=key.device).expand(positions.shape)
             self.storage = PackedStorage.gather(
@@ -152,7 +152,7 @@ class EvictingLayer:
                 positions,
                 index,
                 each,
-                config.bits,
+                config.bits_of(self.rank),
                 shared_pages(config, key.shape[1], self.held, available, even),
                 recent=config.recent,
                 tokens=max(self.counts),

@@ -26,12 +26,13 @@ class Plan:
         self.config = config
         self.shape = shape
         self.schedule = METHODS[config.method].schedule
-        self._weights = config.layers if isinstance(config.layers, tuple) else None  # a config has parsed a text
+        self._weights = config.weights
         if self._weights is not None and len(self._weights) != self._layers:
             raise ConfigError(
                 f"layers={config.layers!r}: has {len(self._weights)} numbers; this model has {self._layers} layers "
                 "that are compressed"
             )
+        self._bits = tuple(config.bits_of(rank) for rank in range(self._layers))
         self._known = lru_cache(maxsize=1024)(self._budgets)  # every layer of every prompt asks
 
     def budgets(self, tokens: int, *, batch: int = 1, itemsize: int = 2) -> tuple[int, ...]:
@@ -107,17 +108,18 @@ class Plan:
 
     def _bytes_of(self, budgets: Sequence[int], tokens: int, batch: int, itemsize: int) -> int:
         # Most layers are alike, and each counts once: a prefill waits for this.
-        alike = Counter(zip((self.shape.layers[i] for i in self.shape.compressed), budgets, strict=True))
+        shapes = (self.shape.layers[i] for i in self.shape.compressed)
+        alike = Counter(zip(shapes, budgets, self._bits, strict=True))
         return sum(n * self._layer_bytes(*layer, tokens, batch, itemsize) for layer, n in alike.items())
 
-    def _layer_bytes(self, shape: LayerShape, kept: int, tokens: int, batch: int, itemsize: int) -> int:
+    def _layer_bytes(self, shape: LayerShape, kept: int, bits: int, tokens: int, batch: int, itemsize: int) -> int:
         config, spec = self.config, _spec(shape, batch, itemsize)
         ring = batch * self._ring_bytes(shape, itemsize)
-        if not config.packs:
+        if bits == 16 and config.heads == "uniform":
             return spec.slot_bytes * (kept + config.free) + ring
         pages = shared_pages(config, spec.heads, [kept], [tokens])
         recent, room = config.recent, config.free
-        return packed_bytes(spec, kept, config.bits, pages, recent=recent, tokens=tokens, room=room) + ring
+        return packed_bytes(spec, kept, bits, pages, recent=recent, tokens=tokens, room=room) + ring
 
     def _ring_bytes(self, shape: LayerShape, itemsize: int) -> int:
         """Of a row's newest queries, kept for an eviction while decoding."""

@@ -1,4 +1,4 @@
-"""`pyramidkv calibrate`: layer budgets measured on a model, for `--layers`."""
+"""`pyramidkv calibrate`: budgets and bits of layers measured on a model, for `--layers`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def calibrate(
     dtype: Dtype = "auto",
     **options: Any,
 ) -> None:
-    """Measure how one budget over all layers would spread over them; print it as --layers takes it.
+    """Measure how one budget over all layers would spread, and which layers need more bits; print it for --layers.
 
     The default prompts are made here: facts among plain sentences, from seeds that no measurement uses.
 
@@ -65,11 +65,16 @@ def calibrate(
     note(f"{loaded.name}: {len(ids)} prompts of up to {context} tokens, {config.method} {config.describe()}")
     tensors = [torch.tensor([prompt]) for prompt in ids]
     with called(prompts="context"):
-        weights = pyramidkv.calibrate(loaded.model, tensors, stored(config, loaded.model))
+        layers = pyramidkv.calibrate(loaded.model, tensors, stored(config, loaded.model))
     if as_json:
-        json_out({"model": loaded.name, "setting": config.describe(), "layers": list(weights)})
+        json_out({"model": loaded.name, "setting": config.describe(), "layers": list(layers)})
     else:
-        typer.echo(",".join(f"{weight:g}" for weight in weights))
+        typer.echo(",".join(_text(layer) for layer in layers))
+
+
+def _text(layer: float | tuple[float, int]) -> str:
+    """A layer's part of `--layers`."""
+    return ":".join(f"{number:g}" for number in layer) if isinstance(layer, tuple) else f"{layer:g}"
 
 
 def _prompts(tokenizer: Any, corpora: list[Corpus], tokens: int, count: int) -> list[list[int]]:

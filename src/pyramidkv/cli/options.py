@@ -20,7 +20,7 @@ _FLAGS = {"keep": ("--keep", "-k"), "budget": ("--budget", "-b")}
 _ORDER = ("method", *_AMOUNTS)
 _TYPES: dict[Any, Any] = {
     int | str | None: str | None,
-    tuple[float, ...] | str | None: str | None,
+    tuple[float | tuple[float, int], ...] | str | None: str | None,
 }  # an option has one type; the config parses the text
 
 Command = TypeVar("Command", bound=Callable[..., None])

@@ -76,7 +76,7 @@ def _work(due: Sequence[tuple[PyramidKVLayer, list[int]]]) -> Hashable:
 
 def _work_of(layer: PyramidKVLayer, held: list[int]) -> Hashable:
     storage, ring, scorer = layer.storage, layer.ring, layer.scorer
-    if not isinstance(storage, Storage) or storage.padded or len(set(held)) > 1 or layer.plan.config.packs:
+    if not isinstance(storage, Storage) or storage.padded or len(set(held)) > 1 or layer.plan.config.packs(layer.rank):
         return None  # launches follow the rows, or memory is asked for
     if not vars(type(scorer)).get("replays", False):
         return None
