@@ -29,6 +29,7 @@ from pyramidkv.evaluate.schema import (
     append,
     to_json,
 )
+from pyramidkv.methods import METHODS
 from pyramidkv.report import (
     Cell,
     Results,
@@ -42,7 +43,9 @@ from pyramidkv.report import (
     write,
 )
 from pyramidkv.report import text as numbers
-from pyramidkv.report.series import series_of
+from pyramidkv.report.methods import layers_label
+from pyramidkv.report.series import colour_of, series_of
+from pyramidkv.report.style import looks
 from pyramidkv.report.summary import faster_cell
 from pyramidkv.report.text import faster
 
@@ -346,9 +349,9 @@ def test_the_floor_says_what_it_was_divided_by() -> None:
 def test_headline_is_computed() -> None:
     assert headline(Results.from_records(default_records())) == (
         "At 25.0% of the KV memory, PyramidKV changes perplexity by +10.5% [+4.9, +16.4] on wiki and "
-        "+0.00% [+0.00, +0.00] on books, answers 97.0% of needle (full cache: 99.0%) and takes 2.50 ms per token "
-        "(full cache at its best: 5.00 ms; x2.0 faster) and 108 ms to the first token (full cache at its best: "
-        "90.0 ms; +20.0%), at batch 1, prompt 6144 tokens, 128 new tokens."
+        "+0.00% [+0.00, +0.00] on books, answers 97.0% of the needle questions (full cache: 99.0%) and takes "
+        "2.50 ms per token (full cache at its best: 5.00 ms; x2.0 faster) and 108 ms to the first token (full cache at "
+        "its best: 90.0 ms; +20.0%), at batch 1, prompt 6144 tokens, 128 new tokens."
     )
 
 
@@ -423,7 +426,7 @@ def test_points_of_a_curve_by_hand(tmp_path: Path) -> None:
     panels = [panel for row in _rows(Results.from_files(*saved_shares(tmp_path, 0.25, 0.125))) for panel in row]
     change, needle = (panel for panel in panels if isinstance(panel, Curves))
     assert (change.title, change.full) == ("wiki perplexity", 0.0)
-    assert (needle.title, needle.full) == ("needle", 99.0)
+    assert (needle.title, needle.full) == ("needle recall", 99.0)
     for panel, expected in ((change, (10.52, 4.92, 16.41)), (needle, (97.0, 91.55, 98.97))):
         for curve in panel.curves:
             assert [point.share for point in curve.points] == [25.0, 12.5]
@@ -663,6 +666,30 @@ def test_tables_need_no_optional_package() -> None:
                 ahead += {alias.name for alias in node.names} - seen
     assert "pyramidkv.report.summary" in seen
     assert not [module for module in seen if module.split(".")[0] in ("matplotlib", "jinja2", "numpy")]
+
+
+def test_layers_of_one_method_are_told_apart_by_their_settings() -> None:
+    settings = ("share=0.25 heads=adaptive", "share=0.25")
+    rows = [Compression("echo", setting, 0.25, 500, 2000) for setting in settings]
+    records = [dataclasses.replace(layers(), method="echo", setting=setting) for setting in settings]
+    results = Results.from_records([run(), *(perplexity(row, KEPT_NLL) for row in rows), *records])
+    assert [layers_label(results, record) for record in records] == ["echo heads=adaptive", "echo"]
+    assert [colour_of(results, "echo", setting) for setting in settings] == [s.colour for s in series_of(results)]
+    older = [dataclasses.replace(record, setting="") for record in records]
+    results = Results.from_records([run(), *(perplexity(row, KEPT_NLL) for row in rows), *older])
+    assert {layers_label(results, record) for record in older} == {"echo, 28.1% kept"}
+
+
+def test_every_method_of_the_ablations_has_a_colour_of_its_own() -> None:
+    names = [*METHODS, "beta 1", "beta 2"]
+    assert (
+        len({colour for colour, _ in looks(names).values()}) == len(names) - 1
+    )  # all but the full cache, which is grey
+
+
+def test_a_recall_task_is_named_in_words() -> None:
+    records = [run(), recall(FULL, "kv", 99), recall(KEPT, "kv", 2)]
+    assert "answers 2.0% of the key-value questions (full cache: 99.0%)" in headline(Results.from_records(records))
 
 
 def test_kept_share_by_hand() -> None:

@@ -392,4 +392,5 @@ def _layers(loaded: LoadedModel, config: CompressionConfig, prompt: Sequence[int
         budget_tokens=tuple(layer.usage().kept_tokens for layer in layers),
         kv_bytes=tuple(layer.usage().kv_bytes for layer in layers),
         kept_positions=tuple(kept),
+        setting=perplexity.setting(config),
     )

@@ -177,6 +177,7 @@ class Layers:
     budget_tokens: tuple[int, ...]
     kv_bytes: tuple[int, ...]
     kept_positions: tuple[tuple[tuple[int, ...], ...], ...]  # [layer][KV head][slot]
+    setting: str = ""  # as in `Compression`; "" in older records
 
 
 @dataclass(frozen=True)

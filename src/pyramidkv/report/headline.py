@@ -52,7 +52,7 @@ def _recall(results: Results) -> str:
         row, full = next(iter(results.chosen_rows(rows)), None), full_row(rows)
         if row:
             against = f" (full cache: {share(full.accuracy)})" if full else ""
-            parts.append(f"{share(row.accuracy)} of {task_label(results, task)}{against}")
+            parts.append(f"{share(row.accuracy)} of the {task_label(results, task)} questions{against}")
     return f"answers {enumeration(parts)}" if parts else ""
 
 

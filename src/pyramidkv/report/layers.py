@@ -64,7 +64,7 @@ def _figure(results: Results, records: tuple[Layers, ...]) -> Figure:
     for record, height in zip(records, heights, strict=True):
         bottom = (top - _ABOVE - height) / total
         bars = figure.add_axes((_LEFT / WIDTH, bottom, _BUDGETS / WIDTH, height / total))
-        _draw_budgets(bars, record, layers_label(results, record), colour_of(results, record.method))
+        _draw_budgets(bars, record, layers_label(results, record), colour_of(results, record.method, record.setting))
         grid = figure.add_axes((left / WIDTH, bottom, width / WIDTH, height / total), sharey=bars)
         scale = figure.add_axes(((left + width + 0.1) / WIDTH, bottom, _SCALE / WIDTH, height / total))
         _draw_positions(grid, scale, record)

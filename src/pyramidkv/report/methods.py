@@ -19,7 +19,18 @@ from pyramidkv.report.results import (
 )
 from pyramidkv.report.summary import corpus_label, describe, model_suffix
 from pyramidkv.report.table import NOT_MEASURED, Cell, Table
-from pyramidkv.report.text import bounds, method_name, percent, seconds, share, shares, significant, size, spread
+from pyramidkv.report.text import (
+    bounds,
+    method_name,
+    percent,
+    seconds,
+    share,
+    shares,
+    significant,
+    size,
+    spread,
+    task_name,
+)
 
 
 def methods_table(results: Results) -> Table:
@@ -74,7 +85,7 @@ def _rate(bytes_per_second: float) -> str:
 
 def task_label(results: Results, task: Task) -> str:
     """A recall task by name, with what tells two of the same name apart."""
-    label = task.name
+    label = task_name(task.name)
     if len({t.context_tokens for t in results.tasks if t.name == task.name}) > 1:
         label += f" @ {task.context_tokens}"
     if task.question_aware:
@@ -83,10 +94,17 @@ def task_label(results: Results, task: Task) -> str:
 
 
 def layers_label(results: Results, record: Layers) -> str:
-    """Whose layers a record is of; with the share of the tokens kept, where there are several of one method."""
+    """Whose layers a record is of; where there are several of one method, with what its setting has that not all have.
+
+    Older records have no setting: there the share of the tokens kept tells them apart.
+    """
     name = method_name(record.method)
-    if sum(other.method == record.method for other in results.layers) < 2:
+    settings = [other.setting for other in results.layers if other.method == record.method]
+    if len(settings) < 2:
         return name
+    if all(settings):
+        common = shared_words(settings)
+        return " ".join([name, *(word for word in record.setting.split() if word not in common)])
     tokens = sum(record.budget_tokens) / len(record.budget_tokens)
     return f"{name}, {share(tokens / record.prompt_tokens)} kept"
 

@@ -173,7 +173,8 @@ def _recall_curves(results: Results, task: Task, all_series: Sequence[Series]) -
     full = full_row(rows)
     curves = _curves(rows, all_series, _accuracy_point)
     level = 100 * full.accuracy if full else None
-    return Curves(task_label(results, task), "exact match, %", curves, level, "accuracy") if curves else None
+    title = f"{task_label(results, task)} recall"
+    return Curves(title, "exact match, %", curves, level, "accuracy") if curves else None
 
 
 def _curves(
@@ -249,7 +250,7 @@ def _recall_lines(results: Results, task: Task, all_series: Sequence[Series]) ->
         for row in rows
         if series.holds(row.compression)
     ]
-    return _intervals(f"{task_label(results, task)}{of_all}", "exact match, %", estimates, "accuracy")
+    return _intervals(f"{task_label(results, task)} recall{of_all}", "exact match, %", estimates, "accuracy")
 
 
 def _of_kv(rows: Sequence[Recall], all_series: Sequence[Series]) -> tuple[str, Callable[[Recall], str]]:

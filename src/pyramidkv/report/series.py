@@ -45,11 +45,12 @@ def series_of(results: Results) -> tuple[Series, ...]:
     )
 
 
-def colour_of(results: Results, method: str) -> str:
-    """The colour of a method's first curve; of a method without one, the next that is free."""
+def colour_of(results: Results, method: str, setting: str) -> str:
+    """The colour of the curve of a method at a setting, or of its first; without one, the next that is free."""
     series = series_of(results)
-    free = looks([*(s.name for s in series), method])[method][0]
-    return next((s.colour for s in series if any(v.method == method for v in s.variants)), free)
+    own = [s for s in series if any(v.method == method for v in s.variants)]
+    own.sort(key=lambda s: Variant(method, setting) not in s.variants)
+    return own[0].colour if own else looks([*(s.name for s in series), method])[method][0]
 
 
 def _name(variant: Variant, variants: Sequence[Variant]) -> str:

@@ -13,9 +13,13 @@ WIDTH = 7.2  # inches: a page's text width; the type is large enough to be read 
 DPI = 300
 INK, GREY = "#222222", "#6e6e6e"
 
-# Okabe and Ito's palette without black (the text) and yellow (too light on white), and two darker ones for length.
-_PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B3A8E", "#7A5230")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one fewer than colours, so that the pairs repeat late
+# Okabe and Ito's palette without black (the text) and yellow (too light on white), and darker ones for length: as many
+# as `bench --ablations` measures.
+_PALETTE = (
+    "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00",
+    "#5B3A8E", "#7A5230", "#8F8F1E", "#1F5F6F", "#9E1B4B",
+)  # fmt: skip
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # no factor in common with the colours, so that the pairs repeat late
 
 RC: Any = {  # matplotlib types its keys one by one
     "font.family": "DejaVu Sans",

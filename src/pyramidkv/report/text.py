@@ -25,6 +25,11 @@ def method_name(method: str) -> str:
     return _NAMES.get(method, method)
 
 
+def task_name(task: str) -> str:
+    """The name of a recall task in words; a task not known here keeps its own."""
+    return {"kv": "key-value"}.get(task, task)
+
+
 def size(n: float, unit_of: float | None = None) -> str:
     """Decimal GB or MB, three significant digits; `unit_of` lets two sizes that are compared share a unit."""
     unit, scale = ("GB", 1e9) if (n if unit_of is None else unit_of) >= 1e9 else ("MB", 1e6)
