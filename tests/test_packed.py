@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import pyramidkv
 from families import NAMES, model, padded_batch
 from pyramidkv.ops import bitmap, quantize
+from pyramidkv.ops.pages import Pages
 from pyramidkv.packed import PackedStorage, packed_bytes
 from pyramidkv.plan import Plan
 from pyramidkv.shape import cache_shape
@@ -129,7 +130,7 @@ def test_heads_may_keep_unequal_numbers(bits):
     assert packed.pages.row_pages == pages
     keys, values = packed.view()
     valid = packed.valid()
-    assert keys.shape == (2, 3, packed.pages.most * 64 + 10, 32) and valid.shape == keys.shape[:3]
+    assert keys.shape == (2, 3, packed.pages.slots + 10, 32) and valid.shape == keys.shape[:3]
     assert torch.equal(valid, packed.positions >= 0)
     swapped = packed.rows(torch.tensor([1, 0, 1]))
     for b, h in itertools.product(range(2), range(3)):
@@ -142,6 +143,20 @@ def test_heads_may_keep_unequal_numbers(bits):
             assert not error.any() if bits == 16 else len(kept) < 12 or 0.01 < error.max() < 0.5
         assert torch.equal(swapped.view()[0][1 - b, h, mine], keys[b, h, mine])
     assert packed.nbytes == packed_bytes(packed.spec, 190, bits, pages, recent=10, tokens=380, room=2)
+
+
+def test_unequal_heads_show_few_numbers_of_slots():
+    """Where heads differ, their slots are those of the head that has most, and an eighth more at the most."""
+    seen = set()
+    for most in range(1000):
+        layout = torch.tensor([[0, most], [most, most // 2], [0, 0]], dtype=torch.int32)[:, None]
+        pages = Pages(None, None, layout, even=False)
+        assert 64 * most <= pages.slots <= max(64 * most, 64 * most * 9 // 8)
+        seen.add(pages.slots)
+        valid = pages.valid(3)
+        assert valid.shape == (1, 2, pages.slots + 3) and valid[..., -3:].all()
+        assert valid.sum(-1).tolist() == [[64 * most + 3, 64 * (most // 2) + 3]]
+    assert len(seen) == 16 + 6 * 8 + 1  # up to 15 each, then 8 a doubling
 
 
 def test_more_slots_than_pages_is_an_error():

@@ -88,7 +88,7 @@ class PackedStorage:
     @property
     def length(self) -> int:
         """Slots in use of each row and head, empty ones included."""
-        return self.pages.most * PAGE + self.new.length
+        return self.pages.slots + self.new.length
 
     @property
     def padded(self) -> bool:
@@ -98,7 +98,7 @@ class PackedStorage:
     @property
     def positions(self) -> Tensor:
         """(B, H, length) int32; -1 for an empty slot."""
-        old = unpack_positions(self.bitmap, self.pages.most * PAGE)
+        old = unpack_positions(self.bitmap, self.pages.slots)
         return torch.cat([old, self.new.positions[:, :, : self.new.length]], dim=2)
 
     @property
@@ -125,12 +125,11 @@ class PackedStorage:
 
     def valid(self) -> Tensor:
         """(B, length) bool, False for empty slots, or (B, H, length) where heads keep unequal numbers."""
-        old, new = self.pages.valid(), self.new.valid()
+        new = self.new.valid()
+        old = self.pages.valid(self.new.length if new is None else 0)
         if self.pages.even:
             old = old[:, 0]
-        if new is None:
-            new = old.new_ones(old.shape[0], self.new.length)
-        return joined(old, new)
+        return old if new is None else joined(old, new)
 
     def append(self, key: Tensor, value: Tensor, positions: Tensor, room: int) -> None:
         """Put (B, H, T, *) behind the slots in use, unpacked."""

@@ -42,7 +42,7 @@ class QueryRing:
             self.pushed(1)
             return
         fits = min(new, self.queries.shape[2])
-        places = self._places(slot + new - fits, fits)
+        places = torch.arange(slot + new - fits, slot + new, device=query.device) % self.queries.shape[2]
         self.queries.index_copy_(2, places, query[:, :, new - fits :].detach().to(self.queries.dtype))
         self.pushed(new)
 
@@ -56,11 +56,9 @@ class QueryRing:
 
     def newest(self, length: int) -> Tensor:
         """(B, Hq, count, D): the queries to be read, oldest first, where `length` slots are in use."""
-        return self.queries.index_select(2, self._places(length - self.count, self.count))
+        first = (length - self.count) % self.queries.shape[2]
+        return self.queries.roll(-first, 2)[:, :, : self.count]
 
     def rows(self, index: Tensor) -> QueryRing:
         """A copy with the rows `index` (N,), in that order."""
         return QueryRing(self.queries.index_select(0, index.to(self.queries.device)), self.count)
-
-    def _places(self, slot: int, tokens: int) -> Tensor:
-        return torch.arange(slot, slot + tokens, device=self.queries.device) % self.queries.shape[2]

@@ -143,19 +143,32 @@ class Pages:
             return self.row_pages // self.layout.shape[2]
         return int((self.count if self.asked is None else self.asked.get()).max())
 
-    def valid(self) -> Tensor:
-        """(B, H, 64 * most) bool, False for empty slots."""
-        slot = torch.arange(self.most * PAGE, device=self.start.device)
-        return slot >= ((self.most - self.count) * PAGE + self.start)[..., None]
+    @property
+    def slots(self) -> int:
+        """Slots that each head has when unpacked: those of `most` pages or, where heads differ, of a few more.
+
+        Numbers of pages that differ from layer to layer, and from one eviction to the next, would be new shapes again
+        and again, and what is launched over a new shape takes the host several times as long (`launch.py`). So they are
+        rounded up, to one of 8 numbers in every doubling.
+        """
+        if self.even:
+            return self.most * PAGE
+        step = max((1 << self.most.bit_length()) // 16, 1)
+        return -(-self.most // step) * step * PAGE
+
+    def valid(self, more: int = 0) -> Tensor:
+        """(B, H, slots + more) bool, False for empty slots; `more` others behind them are all in use."""
+        slot = torch.arange(-self.slots, more, device=self.start.device)
+        return slot >= torch.sub(self.start, self.count, alpha=PAGE)[..., None]
 
     def followed_by(
         self, newest: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values unpacked, (B, H, 64 * most, *), and behind them others and new ones, in the dtype of these.
+        """Keys and values unpacked, (B, H, slots, *), and behind them others and new ones, in the dtype of these.
 
         Each head's slots lie at the end of its pages; the empty ones in front are zeros.
         """
-        front = self.most * PAGE
+        front = self.slots
         key, value = append(newest, new or (newest[0][:, :, :0], newest[1][:, :, :0]), front=front)
         unpack(self.keys, self.values, self.layout, (key[:, :, :front], value[:, :, :front]))
         return key, value
