@@ -36,7 +36,7 @@ def steps_anywhere(monkeypatch):
         return replay
 
     monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr("pyramidkv.session.why_eager", lambda *_: None)
+    monkeypatch.setattr(graphs, "why_eager", lambda *_: None)
 
 
 def eager(plain, ids, mask, **options):
