@@ -9,6 +9,8 @@ import transformers
 from hypothesis import HealthCheck, settings
 
 os.environ.pop("COLUMNS", None)  # of pytest-xdist's workers; a console is as wide as each test says
+if "PYTEST_XDIST_WORKER" in os.environ:  # in each of them torch.compile would start as many processes as cores
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 torch.set_num_threads(1)  # two would wait for each other longer than they work
 transformers.logging.set_verbosity_error()
 settings.register_profile(
