@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import pyramidkv
 from pyramidkv.cli import app
+from pyramidkv.cli.bench import progress
 from pyramidkv.cli.estimate import _largest
 from pyramidkv.cli.naming import as_typed, called, typed
 from pyramidkv.cli.options import DEFAULT_KEEP, config_from
@@ -482,6 +483,17 @@ def test_interrupt(byte_model):
 
 
 # Report
+
+
+def test_progress_in_a_file_is_there_while_the_job_runs(capsys):
+    with progress() as show:
+        for done, line in ((1, "perplexity: 1 of 3"), (2, ""), (3, "perplexity: 3 of 3")):
+            show("perplexity", done, 3)
+            assert capsys.readouterr().err.strip() == line
+    assert capsys.readouterr().err == ""
+    with progress(shown=False) as show:
+        show("perplexity", 1, 1)
+    assert capsys.readouterr().err == ""
 
 
 def test_report(results):

@@ -13,7 +13,7 @@ import typer
 
 from pyramidkv.cli.naming import as_typed, called
 from pyramidkv.cli.options import Device, Dtype, Force, Json, Model, compression_options, config_from
-from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, out, show_table
+from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, note, out, show_table
 
 if TYPE_CHECKING:
     from pyramidkv.config import CompressionConfig
@@ -183,12 +183,21 @@ def _that_fit(settings: Settings, others: list[CompressionConfig], *, shown: boo
 
 @contextmanager
 def progress(*, shown: bool = True) -> Iterator[Progress]:
-    """A bar a job, on stderr."""
+    """A bar a job, on stderr; where nobody looks through a window, a line as a job begins and one as it ends."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bars = Progress(*columns, console=err, transient=False, disable=not shown)
     jobs: dict[str, Any] = {}
+
+    def say(job: str, done: int, total: int) -> None:
+        if shown and (job not in jobs or done == total):
+            note(f"{job}: {done} of {total}")
+        jobs[job] = None
+
+    if not err.is_terminal:
+        yield say
+        return
 
     def show(job: str, done: int, total: int) -> None:
         if not jobs:
