@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 import pyramidkv
 from pyramidkv.cli import app
-from pyramidkv.cli.bench import progress
+from pyramidkv.cli.bench import progress, warn_of_positions
 from pyramidkv.cli.estimate import _largest
 from pyramidkv.cli.naming import as_typed, called, typed
 from pyramidkv.cli.options import DEFAULT_KEEP, config_from
@@ -24,6 +25,7 @@ from pyramidkv.cli.stream import first_difference
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError
 from pyramidkv.evaluate import schema
+from pyramidkv.evaluate.bench import Settings
 from pyramidkv.evaluate.schema import Compression, Perplexity, Run
 
 COMMANDS = ("bench", "recall", "calibrate", "plan", "generate", "report", "doctor")
@@ -359,6 +361,24 @@ def test_plan_says_when_positions_run_out(byte_model):
     assert "more than the model's 2048 positions" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        ("perplexity", "context= and target=: 4200 tokens: more than the model's 4096 positions"),
+        ("recall", "recall_context=: 5000 tokens: more than the model's 4096 positions"),
+        ("speed", ""),
+    ],
+)
+def test_bench_says_when_positions_run_out(metric, said, capsys):
+    settings = Settings(
+        configs=(CompressionConfig(keep=0.5),), metrics=(metric,), context=4000, target=200, recall_context=(64, 5000)
+    )
+    warn_of_positions(settings)
+    assert said in capsys.readouterr().err if said else capsys.readouterr().err == ""
+    warn_of_positions(replace(settings, context=3896, recall_context=(4096,)))
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("columns", ["60", "80"])
 def test_plan_fits_the_terminal(columns):
     assert max(map(len, run("plan", "pythia-410m", columns=columns).stdout.splitlines())) <= int(columns)
@@ -487,7 +507,7 @@ def test_interrupt(byte_model):
 
 def test_progress_in_a_file_is_there_while_the_job_runs(capsys):
     with progress() as show:
-        for done, line in ((1, "perplexity: 1 of 3"), (2, ""), (3, "perplexity: 3 of 3")):
+        for done, line in ((1, "perplexity: 1/3 done"), (2, ""), (3, "perplexity: 3/3 done")):
             show("perplexity", done, 3)
             assert capsys.readouterr().err.strip() == line
     assert capsys.readouterr().err == ""

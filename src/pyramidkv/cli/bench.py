@@ -13,7 +13,7 @@ import typer
 
 from pyramidkv.cli.naming import as_typed, called
 from pyramidkv.cli.options import Device, Dtype, Force, Json, Model, compression_options, config_from
-from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, note, out, show_table
+from pyramidkv.cli.output import calm_libraries, err, json_out, keeping, note, out, show_table, warn_beyond_positions
 
 if TYPE_CHECKING:
     from pyramidkv.config import CompressionConfig
@@ -136,6 +136,8 @@ def bench(
     pyramidkv.report.require_packages()
     where = folder or Path("results") / datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H-%M-%S")
     calm_libraries()
+    if first:
+        warn_of_positions(settings)
     with (
         keeping(lambda: f"finished measurements are in {where}; go on with: --out {where} --resume"),
         progress(shown=first) as show,
@@ -145,6 +147,18 @@ def bench(
     if not first:
         return  # of several processes that share a measurement, the first writes and prints
     show_report([results], where, overwrite=resume or force, as_json=as_json)
+
+
+def warn_of_positions(settings: Settings) -> None:
+    """Warn where quality would be measured behind the positions that the model was made for."""
+    from pyramidkv.models.source import load_config
+
+    lengths = {"context= and target=": settings.context + settings.target} if "perplexity" in settings.metrics else {}
+    if "recall" in settings.metrics:
+        lengths["recall_context="] = max(settings.recall_context)
+    config = load_config(settings.model)
+    for name, tokens in lengths.items():
+        warn_beyond_positions(config, f"{name}: {tokens} tokens", tokens)
 
 
 def _others(config: CompressionConfig, ablations: bool) -> list[CompressionConfig]:
@@ -192,7 +206,7 @@ def progress(*, shown: bool = True) -> Iterator[Progress]:
 
     def say(job: str, done: int, total: int) -> None:
         if shown and (job not in jobs or done == total):
-            note(f"{job}: {done} of {total}")
+            note(f"{job}: {done}/{total} done")
         jobs[job] = None
 
     if not err.is_terminal:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pyramidkv.cli.bench import progress
+from pyramidkv.cli.bench import progress, warn_of_positions
 from pyramidkv.cli.naming import called
 from pyramidkv.cli.options import Device, Dtype, Json, Model, compression_options
 from pyramidkv.cli.output import calm_libraries, json_out, keeping, out
@@ -99,6 +99,8 @@ def recall(
         where = folder or Path(scratch)
         kept = f"finished measurements are in {folder}" if folder else "nothing was kept; --out DIR would have"
         with keeping(lambda: kept), progress(shown=first) as show, called(**ours):
+            if first:
+                warn_of_positions(settings)
             results = run(settings, where, resume=resume, progress=show)
         if first:
             _show(results, as_json)
