@@ -337,9 +337,10 @@ def test_a_bound_is_kept_in_the_same_buffers(padded, method):
         assert session.report() == usage
 
 
-@pytest.mark.parametrize(
-    "options", [{"method": "auto"}, {"method": "rms", "bits": 4}, {"method": "knorm", "bits": 8}], ids=str
-)
+ONE_IN_8 = {"method": "rms", "bits": 4, "layers": "1:8,1,1"}
+
+
+@pytest.mark.parametrize("options", [{"method": "auto"}, ONE_IN_8, {"method": "knorm", "bits": 8}], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_bound_of_packed_caches_is_kept_in_the_same_pages(padded, options):
     plain = model("llama-4-2-32")

@@ -140,7 +140,9 @@ def test_evictions_between_captured_steps_keep_what_the_eager_path_keeps(method,
     assert all(torch.equal(a, b) for a, b in zip(found[:4], found[4:], strict=True))
 
 
-@pytest.mark.parametrize("options", [{"method": "auto"}, {"method": "rms", "bits": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"method": "auto"}, {"method": "rms", "bits": 8}, {"method": "auto", "layers": "1:8,1,1"}], ids=str
+)
 def test_evictions_of_packed_caches_between_captured_steps(options):
     plain = model("gpt_neox-2-2-80").cuda()
     ids, mask, _ = (t.cuda() for t in padded_batch((400, 300)))
