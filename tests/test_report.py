@@ -44,6 +44,7 @@ from pyramidkv.report import (
 )
 from pyramidkv.report import text as numbers
 from pyramidkv.report.methods import layers_label
+from pyramidkv.report.panels import alike
 from pyramidkv.report.series import colour_of, series_of
 from pyramidkv.report.style import looks
 from pyramidkv.report.summary import faster_cell
@@ -685,6 +686,12 @@ def test_every_method_of_the_ablations_has_a_colour_of_its_own() -> None:
     assert (
         len({colour for colour, _ in looks(names).values()}) == len(names) - 1
     )  # all but the full cache, which is grey
+
+
+def test_lines_of_a_panel_say_as_much_as_each_other() -> None:
+    lines = ["Full cache: 100.0%", "SnapKV: 0.0%, 25.6% of KV", "PyramidKV beta=2.0: 0.0%, 25.6% of KV"]
+    assert alike(lines, 9) == lines
+    assert alike(lines, 2.3) == ["Full cache: 100.0%", "SnapKV: 0.0%", "PyramidKV beta=2.0: 0.0%"]
 
 
 def test_a_recall_task_is_named_in_words() -> None:

@@ -148,7 +148,7 @@ class Intervals:
         lines = self.lines
         for estimate in self.estimates:
             self._draw_estimate(axes, estimate, len(lines) - 1 - lines.index(estimate.line))
-        for index, line in enumerate(lines):
+        for index, line in enumerate(alike(lines, 1.15 * _inches(axes))):  # not bold: narrower
             _label_above(axes, line, len(lines) - 1 - index)
         axes.set_ylim(-0.42, len(lines) - 0.36)
         axes.yaxis.set_visible(False)
@@ -250,6 +250,13 @@ def fit(text: str, inches: float) -> str:
     """The text, cut where it would run out of its panel."""
     most = max(8, int(inches / _CHARACTER))
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def alike(lines: Sequence[str], inches: float) -> Sequence[str]:
+    """The lines; where one is too long, all without what follows their last comma: none says more than the others."""
+    if all(fit(line, inches) == line for line in lines):
+        return lines
+    return [line.rpartition(", ")[0] or line for line in lines]
 
 
 def _shorter(text: str, inches: float) -> str:
