@@ -20,7 +20,7 @@ from kernel_testing import (
     same,
     spoil_unused,
 )
-from pyramidkv.ops.packed_attention import naive, packed_attention
+from pyramidkv.ops.packed_attention import by_pages, naive, packed_attention
 from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import room_for, value_group
 
@@ -121,6 +121,45 @@ def test_packed_attention_is_its_definition(case, fresh):
     assert got.shape == inputs[0].shape
     # A number half way between two codes may go to either in float32, which moves one of thousands by a step.
     assert distance(got, by_hand(case, inputs, known, new or ())) < 1e-3
+
+
+@pytest.mark.parametrize("case", [*CASES, SEVEN], ids=str)
+@pytest.mark.parametrize("kind", ["number", "none", "started"])
+@pytest.mark.parametrize("at_once", [1, by_pages.AT_ONCE], ids=["a page at a time", "many"])
+def test_page_by_page_on_a_cpu(case, kind, at_once, monkeypatch):
+    (query, pages, keys, values, length, start), _ = make(case, kind="none" if kind == "none" else "number")
+    if kind == "started":
+        start = torch.arange(case.batch * case.kv_heads, dtype=torch.int32).view(case.batch, -1) * 5 % length
+        start[-1, -1] = length
+        unused = torch.arange(case.capacity) < start[..., None]
+        keys, values = (t.masked_fill(unused[..., None], float("nan")) for t in (keys, values))
+    expected = naive.packed_attention(query, pages, keys, values, length, start, 0.2)
+    monkeypatch.setattr(by_pages, "AT_ONCE", at_once)
+    monkeypatch.setattr(naive, "packed_attention", None)  # that it is not asked again
+    got = packed_attention(query, pages, keys, values, length, start, 0.2)
+    assert got.dtype == query.dtype and got.shape == query.shape
+    assert distance(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("limits", [[[190, 40], [64, 0]], [[0, 0], [0, 0]]], ids=str)
+def test_pages_that_no_head_has_are_not_read_on_a_cpu(limits):
+    """Buffers may have room for more pages, and what an earlier prompt left in it."""
+    key, value = (random(2, 2, 200, 32, seed=seed) for seed in (1, 2))
+    limits = torch.tensor(limits, dtype=torch.int32)
+    index = torch.arange(200).expand(2, 2, 200).masked_fill(torch.arange(200) < 200 - limits[..., None], -1)
+
+    def found(shape, rows):
+        made = shape._replace(pages=9).room(rows)
+        for tensor in (made.keys.scale, made.values.scale, made.keys.zero, made.values.zero):
+            tensor.fill_(float("nan"))
+        return made
+
+    query, newest = random(2, 4, 1, 32, seed=3), random(2, 2, 5, 32, seed=4)
+    pages = Pages.gather(key, value, index, limits, 0, 4, 4, found)
+    assert pages.row_pages == 9
+    got = packed_attention(query, pages, newest, newest, 5, None, 0.2)
+    expected = packed_attention(query, Pages.gather(key, value, index, limits, 0, 4, 4), newest, newest, 5, None, 0.2)
+    assert torch.equal(got, expected) and not got.isnan().any()
 
 
 def compare(inputs, new, blocks=None):

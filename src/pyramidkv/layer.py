@@ -282,11 +282,10 @@ class PyramidKVLayer(EvictingLayer, CacheLayerMixin):  # type: ignore[misc]
         assert storage is not None
         new = storage.newest
         as_it_lies = query.shape[2] == 1 and new.dtype == query.dtype and dropout == 0 and not new.holes
-        if as_it_lies and why_naive(query) is None:
-            if isinstance(storage, PackedStorage):
-                return packed_attention(query, storage.pages, new.keys, new.values, new.length, new.start, scaling)
-            if new.padded:
-                return decode_attention(query, new.keys, new.values, new.length, new.start, scaling)
+        if as_it_lies and isinstance(storage, PackedStorage):
+            return packed_attention(query, storage.pages, new.keys, new.values, new.length, new.start, scaling)
+        if as_it_lies and new.padded and why_naive(query) is None:
+            return decode_attention(query, new.keys, new.values, new.length, new.start, scaling)
         if isinstance(storage, PackedStorage):
             key, value = storage.view(query.dtype)
         return attention(query, key, value, scaling, storage.valid(), dropout, holes=new.holes)

@@ -143,6 +143,21 @@ class Pages:
             return self.row_pages // self.layout.shape[2]
         return int((self.count if self.asked is None else self.asked.get()).max())
 
+    @cached_property
+    def places(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each row, for its pages in order: whose they are, and which of the `most` places of each head they take.
+
+        Both are (N,) int64: the index of the head among those of all rows, and of the place among the places of all of
+        them, of which a head's pages take the last.
+        """
+        head = torch.arange(self.count.numel(), device=self.count.device)
+        found = []
+        for mine, count in zip(head.view_as(self.count), self.count.long(), strict=True):
+            owner = mine.repeat_interleave(count)
+            behind = count.cumsum(0).repeat_interleave(count) - torch.arange(len(owner), device=owner.device)
+            found.append((owner, (owner + 1) * self.most - behind))
+        return found
+
     @property
     def slots(self) -> int:
         """Slots that each head has when unpacked: those of `most` pages or, where heads differ, of a few more.

@@ -108,7 +108,7 @@ def dequantize_keys(packed: Codes, dtype: torch.dtype) -> Tensor:
     """(*, 64, D) keys, computed in float32."""
     if packed.scale is None or packed.zero is None:
         return packed.codes.to(dtype)
-    codes = _unpack(packed.codes, packed.bits).float()
+    codes = unpack_codes(packed.codes, packed.bits).float()
     return codes.mul_(packed.scale.unsqueeze(-2)).add_(packed.zero.unsqueeze(-2)).to(dtype)
 
 
@@ -125,7 +125,7 @@ def dequantize_values(packed: Codes, dtype: torch.dtype) -> Tensor:
     """(*, 64, D) values, computed in float32."""
     if packed.scale is None or packed.zero is None:
         return packed.codes.to(dtype)
-    codes = _unpack(packed.codes.mT, packed.bits).reshape(*packed.scale.shape, -1).float()
+    codes = unpack_codes(packed.codes.mT, packed.bits).reshape(*packed.scale.shape, -1).float()
     return codes.mul_(packed.scale.unsqueeze(-1)).add_(packed.zero.unsqueeze(-1)).to(dtype).flatten(-2)
 
 
@@ -155,8 +155,10 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     return packed.contiguous()
 
 
-def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `_pack`."""
+def unpack_codes(packed: Tensor, bits: int, dim: int = -2) -> Tensor:
+    """The codes of pages, each in a byte: `dim` has 64 * bits / 8 bytes of each page, and then its 64 tokens."""
     if bits == 8:
         return packed
-    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-2)
+    *others, last = range(0, 8, bits)
+    planes = [(packed >> shift if shift else packed) & (2**bits - 1) for shift in others]
+    return torch.cat([*planes, packed >> last], dim=dim)

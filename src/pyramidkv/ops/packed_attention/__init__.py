@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyramidkv.ops import kernels
 from pyramidkv.ops.kernels import why_naive
-from pyramidkv.ops.packed_attention import naive
+from pyramidkv.ops.packed_attention import by_pages, naive
 from pyramidkv.ops.pages import Pages
 
 __all__ = ["packed_attention", "why_naive"]
@@ -25,7 +25,8 @@ def packed_attention(
 ) -> Tensor:
     """Attention of one query a row over pages and the newest slots.
 
-    The definition, arguments and result are those of `naive.packed_attention`. The kernel reads the codes as they lie.
+    The definition, arguments and result are those of `naive.packed_attention`. The kernel reads the codes as they lie,
+    and so does what takes its place on a CPU (`by_pages`).
     With a tensor for `length`, its launch depends on capacities alone and nothing is read back from the device: a CUDA
     graph that holds the call stays right as the length grows.
     """
@@ -36,4 +37,6 @@ def packed_attention(
 
         with kernels.on(query.device):
             return triton.packed_attention(query, pages, keys, values, length, start, scaling, new, ring)
+    if isinstance(length, int) and new is None and not query.is_cuda:
+        return by_pages.packed_attention(query, pages, keys, values, length, start, scaling)
     return naive.packed_attention(query, pages, keys, values, length, start, scaling, new, ring)
