@@ -282,9 +282,10 @@ class PyramidKVLayer(EvictingLayer, CacheLayerMixin):  # type: ignore[misc]
         assert storage is not None
         new = storage.newest
         as_it_lies = query.shape[2] == 1 and new.dtype == query.dtype and dropout == 0 and not new.holes
-        if as_it_lies and isinstance(storage, PackedStorage):
+        kernels = as_it_lies and why_naive(query) is None
+        if isinstance(storage, PackedStorage) and (kernels or (as_it_lies and query.device.type == "cpu")):
             return packed_attention(query, storage.pages, new.keys, new.values, new.length, new.start, scaling)
-        if as_it_lies and new.padded and why_naive(query) is None:
+        if kernels and new.padded and not isinstance(storage, PackedStorage):
             return decode_attention(query, new.keys, new.values, new.length, new.start, scaling)
         if isinstance(storage, PackedStorage):
             key, value = storage.view(query.dtype)

@@ -37,6 +37,6 @@ def packed_attention(
 
         with kernels.on(query.device):
             return triton.packed_attention(query, pages, keys, values, length, start, scaling, new, ring)
-    if isinstance(length, int) and new is None and not query.is_cuda:
+    if isinstance(length, int) and new is None and query.device.type == "cpu":
         return by_pages.packed_attention(query, pages, keys, values, length, start, scaling)
     return naive.packed_attention(query, pages, keys, values, length, start, scaling, new, ring)
