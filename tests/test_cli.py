@@ -265,6 +265,7 @@ def test_lm_eval_without_the_harness_is_a_line():
     assert (done.returncode, done.stdout, done.stderr) == (2, "", needed)
 
 
+@pytest.mark.slow
 def test_a_terminal_without_unicode():
     """No character that it can't show ends a command."""
     done = subprocess.run(
@@ -479,6 +480,7 @@ def test_first_difference():
     assert first_difference((1, 2), (1, 2, 3)) == 2
 
 
+@pytest.mark.slow
 def test_interrupt(byte_model):
     """Ctrl-C in the middle of the text: no traceback, exit code 130, a line about what there is."""
     arguments = ["generate", WORDS, "-m", str(byte_model), "-n", "100000"]
