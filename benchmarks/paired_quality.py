@@ -32,7 +32,7 @@ from pyramidkv.evaluate.perplexity import FULL, stored
 from pyramidkv.evaluate.prefill import prefill
 from pyramidkv.evaluate.schema import mean_interval
 from pyramidkv.models.source import load_model
-from result import Result
+from result import Result, add_out
 
 TARGET = 512  # scored tokens of a text
 
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=12)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--out", type=Path, required=True)
+    add_out(parser)
     arguments = parser.parse_args()
     until = time.time() + arguments.seconds
     configs = settings(arguments)  # what is wrong with them is said before a process starts

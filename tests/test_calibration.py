@@ -46,6 +46,17 @@ def test_a_layer_may_have_bits_of_its_own():
     assert plain.packs(0) and not plain.packs(1)
 
 
+def goes_on_the_same_from_a_file(cache, plain, batch, path):
+    """Saved and loaded, a cache has the same settings and gives the same logits for one more token."""
+    ids, mask, positions = batch
+    cache.save(path)
+    again = pyramidkv.PyramidKVCache.load(path, plain.config)
+    assert again.config == cache.config
+    step = {"attention_mask": torch.cat([mask, mask[:, -1:]], 1), "position_ids": positions[:, -1:] + 1}
+    one, two = (plain(ids[:, -1:], past_key_values=c, **step).logits for c in (cache, again))
+    assert torch.equal(one, two)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{"method": "auto"}, {"method": "snapkv", "bits": 16}], ids=str)
 def test_layers_in_bits_of_their_own_hold_what_all_layers_in_those_bits_would(options, tmp_path):
@@ -69,12 +80,7 @@ def test_layers_in_bits_of_their_own_hold_what_all_layers_in_those_bits_would(op
     assert mixed.report().kv_bytes == mixed.plan.kv_bytes(700, batch=2, itemsize=4)
     shared = filled(keep=None, share=0.2, layers=[(1.0, n) for n in bits])
     assert 0.18 < shared.report().kv_bytes / shared.report().full_kv_bytes <= 0.2
-    mixed.save(tmp_path / "a.cache")
-    again = pyramidkv.PyramidKVCache.load(tmp_path / "a.cache", plain.config)
-    assert again.config == mixed.config
-    step = {"attention_mask": torch.cat([mask, mask[:, -1:]], 1), "position_ids": positions[:, -1:] + 1}
-    one, two = (plain(ids[:, -1:], past_key_values=c, **step).logits for c in (mixed, again))
-    assert torch.equal(one, two)
+    goes_on_the_same_from_a_file(mixed, plain, (ids, mask, positions), tmp_path / "a.cache")
 
 
 def test_weights_must_fit_the_model():
@@ -102,12 +108,7 @@ def test_layers_hold_what_their_weights_say(options, tmp_path):
     even = pyramidkv.PyramidKVCache(plain.config, room=1, **options)
     plain(ids, attention_mask=mask, position_ids=positions, past_key_values=even)
     assert cache.report().kv_bytes == pytest.approx(even.report().kv_bytes, rel=0.03)
-    cache.save(tmp_path / "a.cache")
-    again = pyramidkv.PyramidKVCache.load(tmp_path / "a.cache", plain.config)
-    assert again.config == cache.config
-    step = {"attention_mask": torch.cat([mask, mask[:, -1:]], 1), "position_ids": positions[:, -1:] + 1}
-    one, two = (plain(ids[:, -1:], past_key_values=c, **step).logits for c in (cache, again))
-    assert torch.equal(one, two)
+    goes_on_the_same_from_a_file(cache, plain, (ids, mask, positions), tmp_path / "a.cache")
 
 
 def by_hand(scores, share, recent):

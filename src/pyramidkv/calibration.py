@@ -84,9 +84,8 @@ def calibrate(
         UnsupportedError: the method has no scores, or the process holds a part of the heads.
     """
     if config is None:
-        config = CompressionConfig.make(**{"method": "auto", **options})
-    elif options:
-        raise ConfigError(f"{next(iter(options))}: give either config= or keyword options, not both")
+        options = {"method": "auto", **options}
+    config = CompressionConfig.given(config, options)
     check_method(config)
     if not prompts:
         raise ConfigError("prompts is empty: give at least one, as token ids of shape (1, tokens)")

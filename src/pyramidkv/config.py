@@ -184,7 +184,11 @@ class CompressionConfig:
 
     def packs(self, rank: int) -> bool:
         """Whether older slots of the compressed layer number `rank` are stored in pages."""
-        return self.bits_of(rank) != 16 or self.heads == "adaptive"
+        return self.packs_in(self.bits_of(rank))
+
+    def packs_in(self, bits: int) -> bool:
+        """Whether older slots that are stored in so many bits lie in pages."""
+        return bits != 16 or self.heads == "adaptive"
 
     @property
     def free(self) -> int:

@@ -283,12 +283,12 @@ class PyramidKVLayer(EvictingLayer, CacheLayerMixin):  # type: ignore[misc]
         new = storage.newest
         as_it_lies = query.shape[2] == 1 and new.dtype == query.dtype and dropout == 0 and not new.holes
         kernels = as_it_lies and why_naive(query) is None
-        if isinstance(storage, PackedStorage) and (kernels or (as_it_lies and query.device.type == "cpu")):
-            return packed_attention(query, storage.pages, new.keys, new.values, new.length, new.start, scaling)
-        if kernels and new.padded and not isinstance(storage, PackedStorage):
-            return decode_attention(query, new.keys, new.values, new.length, new.start, scaling)
         if isinstance(storage, PackedStorage):
+            if kernels or (as_it_lies and query.device.type == "cpu"):
+                return packed_attention(query, storage.pages, new.keys, new.values, new.length, new.start, scaling)
             key, value = storage.view(query.dtype)
+        elif kernels and new.padded:
+            return decode_attention(query, new.keys, new.values, new.length, new.start, scaling)
         return attention(query, key, value, scaling, storage.valid(), dropout, holes=new.holes)
 
     def _hide(self, new: NewTokens) -> None:

@@ -115,7 +115,7 @@ class Plan:
     def _layer_bytes(self, shape: LayerShape, kept: int, bits: int, tokens: int, batch: int, itemsize: int) -> int:
         config, spec = self.config, _spec(shape, batch, itemsize)
         ring = batch * self._ring_bytes(shape, itemsize)
-        if bits == 16 and config.heads == "uniform":
+        if not config.packs_in(bits):
             return spec.slot_bytes * (kept + config.free) + ring
         pages = shared_pages(config, spec.heads, [kept], [tokens])
         recent, room = config.recent, config.free

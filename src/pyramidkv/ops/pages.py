@@ -145,17 +145,17 @@ class Pages:
 
     @cached_property
     def places(self) -> list[tuple[Tensor, Tensor]]:
-        """Of each row, for its pages in order: whose they are, and which of the `most` places of each head they take.
+        """Of each row, for its pages in order: whose they are, and where each lies among the `slots` of all heads.
 
-        Both are (N,) int64: the index of the head among those of all rows, and of the place among the places of all of
-        them, of which a head's pages take the last.
+        Both are (N,) int64: the index of the head among those of all rows, and that of the place of 64 slots among the
+        places of all of them, of which a head's pages take the last.
         """
         head = torch.arange(self.count.numel(), device=self.count.device)
         found = []
         for mine, count in zip(head.view_as(self.count), self.count.long(), strict=True):
             owner = mine.repeat_interleave(count)
             behind = count.cumsum(0).repeat_interleave(count) - torch.arange(len(owner), device=owner.device)
-            found.append((owner, (owner + 1) * self.most - behind))
+            found.append((owner, (owner + 1) * (self.slots // PAGE) - behind))
         return found
 
     @property

@@ -25,25 +25,24 @@ def packed_attention(
     rows, kv_heads, _, size = keys.shape
     keys, values = keys[:, :, :length].float(), values[:, :, :length].float()
     grouped = query.float().reshape(rows, kv_heads, -1, size) * scaling  # (B, H, G, D)
-    groups, old = grouped.shape[2], pages.most * PAGE
+    groups, old = grouped.shape[2], pages.slots
+    places = old // PAGE  # of a head
     newest = grouped @ keys.mT
     if start is not None:
         unused = ~naive.in_use(keys, length, start)
         newest.masked_fill_(unused[:, :, None], float("-inf"))
         values = values.masked_fill(unused[..., None], 0.0)  # they may be NaN
 
-    # Places of all heads (B * H * most, G, 64) while pages are read, (B, H, G, most * 64) in between.
-    older = grouped.new_full((rows * kv_heads * pages.most, groups, PAGE), float("-inf"))
+    # Places of all heads (B * H * places, G, 64) while pages are read, (B, H, G, slots) in between.
+    older = grouped.new_full((rows * kv_heads * places, groups, PAGE), float("-inf"))
     read = [(row, head, place) for row, (head, place) in enumerate(pages.places) if len(head)]
     for row, head, place in read:
         older[place] = _logits(_of_row(pages.keys, row, len(head)), grouped.flatten(0, 1)[head])
-    older = older.view(rows, kv_heads, pages.most, groups, PAGE).transpose(2, 3).flatten(3)
-    slot = torch.arange(-old, 0, device=older.device)
-    empty = slot < torch.sub(pages.start, pages.count, alpha=PAGE)[..., None]
-    logits = torch.cat([older.masked_fill_(empty[:, :, None], float("-inf")), newest], 3)
+    older = older.view(rows, kv_heads, places, groups, PAGE).transpose(2, 3).flatten(3)
+    logits = torch.cat([older.masked_fill_(~pages.valid()[:, :, None], float("-inf")), newest], 3)
     weights = logits.softmax(-1).masked_fill_(logits.amax(-1, keepdim=True).isneginf(), 0.0)
 
-    older = weights[..., :old].reshape(rows, kv_heads, groups, pages.most, PAGE)
+    older = weights[..., :old].reshape(rows, kv_heads, groups, places, PAGE)
     older = older.transpose(2, 3).reshape(-1, groups, PAGE)
     out = (weights[..., old:] @ values).flatten(0, 1)
     for row, head, place in read:
