@@ -1,12 +1,13 @@
 """Recall and texts under several settings, question by question beside the full cache, in processes side by side.
 
-    python benchmarks/paired_quality.py --model SmolLM2-135M-Instruct.Q4_1.gguf --share 0.125 \\
-        --layers "" --layers "$(pyramidkv calibrate -m SmolLM2-135M-Instruct.Q4_1.gguf --share 0.125)" \\
+    python benchmarks/paired_quality.py --model SmolLM2-135M-Instruct.Q4_1.gguf --setting share=0.125 \\
+        --setting "share=0.125 layers=$(pyramidkv calibrate -m SmolLM2-135M-Instruct.Q4_1.gguf --share 0.125)" \\
         --kv 120 --needle 64 --first 1000 --out smollm2-135m-paired.json
 
 Few questions tell two settings apart where each is asked of both: beside the answers that are right, the nats that the
-tokens of the true answer lose against the full cache. `auto` at `--share`, once for each `--layers`; questions are not
-known when the context is compressed. `--kv` and `--needle`: examples, of 4 questions and of one, from the seed
+tokens of the true answer lose against the full cache. A `--setting` is the options of a `CompressionConfig` as
+`name=value`, with spaces between; `auto` where no method is named. Questions are not known when the context is
+compressed. `--kv` and `--needle`: examples, of 4 questions and of one, from the seed
 `--first` on. `--text NAME=FILE_OR_FOLDER`: `--chunks` chunks of it, those between the ones that `pyramidkv bench` takes
 as a quarter of them; the tokens behind the context are scored. `--processes` share one device; nothing is begun after
 `--seconds`, so that all settings have the same questions.
@@ -15,6 +16,7 @@ as a quarter of them; the tokens behind the context are scored. `--processes` sh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -99,7 +101,7 @@ def start(arguments: argparse.Namespace, until: float) -> None:
     torch.set_num_threads(1)
     loaded = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     loaded.model.set_attn_implementation(ATTENTION_NAME)
-    configs = [FULL, *settings(arguments)]
+    configs = [FULL, *map(setting, arguments.setting)]
     configs = [stored(config, loaded.model) for config in configs]
     WORKER.append(Worker(loaded.model, loaded.tokenizer, configs, arguments, until))
 
@@ -108,10 +110,18 @@ def run(job: Job) -> tuple[Job, tuple[Answers, list[float]] | None]:
     return job, WORKER[0].answers(job)
 
 
-def settings(arguments: argparse.Namespace) -> list[CompressionConfig]:
-    """What is compared with the full cache."""
-    layers = [text or None for text in arguments.layers or [""]]
-    return [CompressionConfig.make(method="auto", share=arguments.share, layers=each) for each in layers]
+def setting(text: str) -> CompressionConfig:
+    """What a `--setting` says."""
+    options = dict(part.split("=", 1) for part in text.split())
+    return CompressionConfig.make(**{"method": "auto", **{name: number(value) for name, value in options.items()}})
+
+
+def number(text: str) -> Any:
+    """The number that a text is, if it is one."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def summary(rows: list[Answers], name: str, config: CompressionConfig, index: int, text: bool) -> dict[str, Any]:
@@ -132,8 +142,7 @@ def main() -> None:
     parser.add_argument("--model", default="neox-16m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--share", type=float, default=0.125)
-    parser.add_argument("--layers", action="append", help="as CompressionConfig takes them, '' for none; repeatable")
+    parser.add_argument("--setting", action="append", required=True, help="such as 'share=0.125'; repeatable")
     parser.add_argument("--context", type=int, default=1536)
     parser.add_argument("--kv", type=int, default=0)
     parser.add_argument("--needle", type=int, default=0)
@@ -145,7 +154,7 @@ def main() -> None:
     add_out(parser)
     arguments = parser.parse_args()
     until = time.time() + arguments.seconds
-    configs = settings(arguments)  # what is wrong with them is said before a process starts
+    configs = [setting(text) for text in arguments.setting]  # what is wrong with them is said before a process starts
     examples = {"kv": arguments.kv, "needle": arguments.needle}
     jobs: list[Job] = [(task, arguments.first + number) for task, n in examples.items() for number in range(n)]
     jobs += [(text, number) for text in arguments.text for number in range(arguments.chunks)]
