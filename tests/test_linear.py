@@ -106,7 +106,7 @@ def test_interpreted_tiles_fit_into_the_shared_memory_of_a_device(shared):
 def test_linear_on_a_gpu(shape, dtype):
     check(shape, dtype, device="cuda")
     x, weight, bias = case(shape, dtype, "cuda")
-    assert why_torch(x, weight, bias) is None
+    assert (why_torch(x, weight, bias) is None) == (shape[2] % 8 == 0)  # rows begin on borders of 16 bytes
     assert why_torch(x[:, :-1], weight[:, 1:], bias) is not None
 
 

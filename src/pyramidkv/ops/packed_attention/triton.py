@@ -56,10 +56,13 @@ def choose(heads: int, pages: int, columns: int, size: int, itemsize: int, overl
 
 @triton.constexpr_function
 def _unpacking(bits, plane, offset):
-    """Assembly for four bytes of codes to four float16: 0x6400 + n is 1024 + n."""
+    """Assembly for four bytes of codes to four float16: 0x6400 + n is 1024 + n.
+
+    `prmt` picks bytes, the lowest by the last digit: 0 to 3 are those of the codes, 5 is 0x64.
+    """
     return (
         f"{{ .reg .b32 t, c; shr.u32 t, $2, {bits * plane}; and.b32 t, t, {(2**bits - 1) * 0x01010101};"
-        " mov.b32 c, 0x64006400; prmt.b32 $0, t, c, 0x5140; prmt.b32 $1, t, c, 0x5342;"
+        " mov.b32 c, 0x64006400; prmt.b32 $0, t, c, 0x5150; prmt.b32 $1, t, c, 0x5352;"
         + ("" if offset else " sub.f16x2 $0, $0, c; sub.f16x2 $1, $1, c;")
         + " }"
     )
