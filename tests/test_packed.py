@@ -80,8 +80,8 @@ def test_positions_survive_the_bitmap(tokens, data):
     slots = max(map(len, sets)) + data.draw(st.integers(0, 3))
     padded = torch.tensor([[-1] * (slots - len(s)) + s for s in sets], dtype=torch.int32).reshape(2, 2, slots)
     index = torch.arange(slots).expand(padded.shape).masked_fill(padded < 0, -1)
-    packed = bitmap.pack_positions(padded, index, tokens)
-    assert packed.shape == (2, 2, math.ceil(tokens / 8))
+    packed = torch.full((2, 2, math.ceil(tokens / 8) + data.draw(st.integers(0, 2))), 255, dtype=torch.uint8)
+    bitmap.pack_positions(padded, index, packed)
     assert torch.equal(bitmap.unpack_positions(packed, slots), padded)
 
 

@@ -18,8 +18,12 @@ def observation(query=None, key=None, valid=None, positions=None, layer=0, frequ
     query = torch.zeros(1, 1, KEYS, 2) if query is None else query
     if positions is None:
         positions = torch.arange(key.shape[2], dtype=torch.int32).expand(*key.shape[:3])
-    rotary = Rotary(torch.tensor(frequencies, dtype=torch.float32))
-    return Observation(query, key, key, 1.0, valid, positions, tokens_of(positions), layer, rotary=rotary)
+    tokens = tokens_of(positions)
+    return Observation(query, key, key, 1.0, valid, positions, tokens, layer, back=back(frequencies, tokens))
+
+
+def back(frequencies, tokens):
+    return Rotary(torch.tensor(frequencies, dtype=torch.float32)).angles([-n for n in tokens], torch.device("cpu"))
 
 
 def tokens_of(positions):
@@ -99,8 +103,8 @@ def test_echo_is_its_definition(heads, kv_heads, tokens, new):
         expected[:, :old] = older * again[:, old:].mean(-1, keepdim=True) / older.mean(-1, keepdim=True)
 
     def found(query, key, valid, positions):
-        rotary = Rotary(torch.tensor(frequencies))
-        seen = Observation(query, key, key, scaling, valid, positions, tokens_of(positions), 0, rotary=rotary)
+        counts = tokens_of(positions)
+        seen = Observation(query, key, key, scaling, valid, positions, counts, 0, back=back(frequencies, counts))
         return METHODS["echo"].scorer(CompressionConfig(method="echo", budget=40, window=window)).score(seen)
 
     positions = torch.arange(tokens, dtype=torch.int32).expand(1, kv_heads, tokens)

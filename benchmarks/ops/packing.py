@@ -72,11 +72,12 @@ def row(model: Model, rows: int, slots: int, bits: int, bandwidth: float) -> dic
     sets = inputs(model, rows, slots, bits)
     index = sets[0].index
     places = index.int()
+    bitmap = torch.empty(*index.shape[:2], -(-slots // 8), dtype=torch.uint8, device=index.device)
     moved = rows * model.kv_heads * slots // PAGE * (page_bytes(model, bits) + 2 * PAGE * model.vector)
     return {
         "model": model.name, "rows": rows, "slots": slots, "bits": bits,
         "floor": moved / bandwidth / 1e6,
         "kernel": microseconds(pack, sets),
         "naive": microseconds(plain_pack, sets[:1]),
-        "positions": microseconds(lambda x: pack_positions(places, x, slots), [index]),
+        "positions": microseconds(lambda x: pack_positions(places, x, bitmap), [index]),
     }  # fmt: skip

@@ -21,7 +21,7 @@ from pyramidkv.plan import Plan, decoding_limits, limits, ring_size, shared_page
 from pyramidkv.pool import Pool
 from pyramidkv.recovery import Before
 from pyramidkv.ring import QueryRing
-from pyramidkv.rotary import Rotary
+from pyramidkv.rotary import Rotary, Turn
 from pyramidkv.scorers import Observation, Scorer
 from pyramidkv.storage import Storage
 
@@ -47,7 +47,7 @@ class EvictingLayer:
         self.lasting: Tensor | None = None  # (B, Hkv, *) float16, of the newest slots: what the scorer said of new keys
         self.prompts: list[int] = []  # real tokens seen of each row after the last forward of several
         self.ring: QueryRing | None = None  # queries of decoded tokens, if a bound is set and the scorer looks at them
-        self.full_at = 0  # slots at which to think of evicting while decoding; 0: not known yet
+        self.full_at = 0  # newest slots at which to think of evicting while decoding; 0: not known yet
         self.scaling = 1.0  # of the logits, as the model last gave it
         self.settled = 0  # columns seen when something was last dropped or packed: `crop` goes back no further
         self.record_past = False  # transformers' word for assisted decoding
@@ -68,7 +68,7 @@ class EvictingLayer:
         if self.storage is not None:
             positions = torch.cat([self.storage.positions[:, :, : self.storage.length], positions], dim=2)
         lasting = self._lasting(positions, queries)
-        seen = self._observation(query, (key, value, positions), scaling, valid, lasting)
+        seen = self._observation(query, (key, value, positions), scaling, valid, self._back(key.device), lasting)
         available = self.held
         self.held, width = self._budget(key)
         padded = min(self.held) < width
@@ -97,15 +97,23 @@ class EvictingLayer:
         return held, width
 
     def _observation(
-        self, query: Tensor, slots: Slots, scaling: float, valid: Tensor | None, lasting: Tensor | None = None
+        self,
+        query: Tensor,
+        slots: Slots,
+        scaling: float,
+        valid: Tensor | None,
+        back: Turn | None,
+        lasting: Tensor | None = None,
     ) -> Observation:
         """What this layer shows its scorer."""
         key, value, positions = slots
         whole = self.plan.shape.layers[self.layer].kv_heads
         first = 0 if self.scorer is None else first_head(whole, key.shape[1])
-        return Observation(
-            query, key, value, scaling, valid, positions, self.counts, self.layer, first, self.rotary, lasting
-        )
+        return Observation(query, key, value, scaling, valid, positions, self.counts, self.layer, first, back, lasting)
+
+    def _back(self, device: torch.device) -> Turn | None:
+        """What turns the keys of a row back by as many tokens as it has, for a scorer that moves."""
+        return None if self.rotary is None else self.rotary.angles([-n for n in self.counts], device)
 
     def _choose(
         self, seen: Observation, held: list[int], available: list[int], width: int
@@ -200,55 +208,97 @@ class EvictingLayer:
     def overfull(self, new: int) -> list[int] | None:
         """Tokens that each row must be brought down to before `new` more come while decoding; None: there is room."""
         storage, slack = self.storage, self.plan.config.slack
-        if slack is None or storage is None or storage.length + new <= self.full_at:
+        if slack is None or storage is None or storage.newest.length + new <= self.full_at:
             return None
-        itemsize = storage.spec.itemsize
+        itemsize, length = storage.spec.itemsize, storage.newest.length
         allowed = decoding_limits(self.plan, self.rank, self.counts, self.prompts, itemsize=itemsize, ahead=slack)
-        # Packing leaves slots that no row uses.
-        empty = storage.length - max(self.held) if isinstance(storage, PackedStorage) else 0
-        self.full_at = max(allowed) + slack + empty
+        packed = max(self.held) - length if isinstance(storage, PackedStorage) else 0
+        self.full_at = max(allowed) + slack - packed
         above = any(n > limit for n, limit in zip(self.held, allowed, strict=True))
         asked = self.ring is None or self.ring.count > 0  # with no query to choose by, it waits for one
-        if not (above and asked and storage.length + new > self.full_at):
+        if not (above and asked and length + new > self.full_at):
             return None
         return [min(n, limit) for n, limit in zip(self.held, allowed, strict=True)]
 
     @property
     def crowded(self) -> bool:
         """Whether `make_room` for the next token might evict."""
-        return self.plan.config.slack is not None and (self.storage is None or self.storage.length >= self.full_at)
+        slack, storage = self.plan.config.slack, self.storage
+        return slack is not None and (storage is None or storage.newest.length >= self.full_at)
 
     @torch.no_grad()
     def evict_decoded(self, held: list[int]) -> None:
-        """Keep `held` tokens of each row in the middle of decoding, in the buffers that it has."""
-        storage, padded = self.storage, min(held) < max(held)
-        assert storage is not None
-        seen = self.observed()
+        """Keep `held` tokens of each row in the middle of decoding, in the buffers that it has if they serve."""
+        if self.stays(held):
+            self.evicted(held, self.thin(held, self.back()))
+            return
+        seen, available = self._observed(self.back()), self.held
+        index, each = self._choose(seen, held, available, max(held))
+        self.held = held
+        self._keep(seen, index, each, min(held) < max(held), available)
+        self._asked_anew()
+
+    def stays(self, held: list[int]) -> bool:
+        """Whether what an eviction while decoding leaves has room where the layer lies; makes room for positions."""
+        storage = self.storage
+        if not isinstance(storage, PackedStorage):
+            return not self.plan.config.packs(self.rank)  # there was nothing to pack yet
+        storage.widen(max(self.counts))
+        recent = self.plan.config.recent
+        kept = max(held) if self.plan.config.heads == "uniform" else storage.length
+        return storage.has_room(kept, self._pages(held), recent)
+
+    def thin(self, held: list[int], back: Turn | None) -> Tensor:
+        """Write what an eviction while decoding keeps to where the layer lies, and give it, (B, H, *) as `select` does.
+
+        This is work on the device alone: the host takes note of it in `evicted`. Where rows are alike nothing is copied
+        to the device, and launches are the same as long as slots, buffers and the numbers of tokens held are; `back` is
+        what changes with the tokens seen.
+        """
+        storage, seen = self.storage, self._observed(back)
         index, each = self._choose(seen, held, self.held, max(held))
         if isinstance(storage, PackedStorage):
-            available, self.held = self.held, held
-            del storage  # what is kept is to lie where the old pages were: the slots seen are copies
-            self._keep(seen, index, each, padded, available)
+            slots = seen.key, seen.value, seen.positions
+            storage.compact(slots, index, each, self._pages(held), self.plan.config.recent)
         else:
-            storage.keep(index, padded)
-        self.evicted(held)
+            assert storage is not None
+            storage.compact(index)
+        return index
 
-    def observed(self) -> Observation:
+    def evicted(self, held: list[int], index: Tensor | None = None) -> None:
+        """Take note of what `thin` has kept; without the slots that it gave, all rows have kept as many."""
+        storage, padded = self.storage, min(held) < max(held)
+        assert storage is not None
+        length = self.plan.config.recent if isinstance(storage, PackedStorage) else max(held)
+        storage.cut(length, padded)
+        if padded:
+            assert index is not None
+            storage.newest.start = (index[:, :, index.shape[2] - length :] < 0).sum(-1, dtype=torch.int32)
+        self.held = held
+        self._asked_anew()
+
+    def back(self) -> Turn | None:
+        """`_back` while decoding."""
+        assert self.storage is not None
+        return self._back(self.storage.newest.keys.device)
+
+    def _observed(self, back: Turn | None) -> Observation:
         """What the layer shows its scorer while decoding: all slots in use; those of a packed layer are unpacked."""
         storage = self.storage
         assert storage is not None
         key, value = storage.view()
         slots = key, value, storage.positions[:, :, : storage.length]
         query = key[:, :, :0] if self.ring is None else self.ring.newest(storage.newest.length)
-        return self._observation(query, slots, self.scaling, storage.valid())
+        return self._observation(query, slots, self.scaling, storage.valid(), back)
 
-    def survivors(self, held: list[int]) -> Tensor:
-        """The slots, (B, H, *) as `select` gives them, that an eviction while decoding keeps."""
-        return self._choose(self.observed(), held, self.held, max(held))[0]
+    def _pages(self, held: list[int]) -> int | None:
+        """Pages of a row after an eviction while decoding, as `shared_pages` gives them."""
+        storage = self.storage
+        assert storage is not None
+        return shared_pages(self.plan.config, storage.spec.heads, held, self.held, even=False)
 
-    def evicted(self, held: list[int]) -> None:
-        """Take note of an eviction of decoded tokens."""
-        self.held = held
+    def _asked_anew(self) -> None:
+        """Count queries from here on, and columns that can be taken back."""
         if self.ring is not None:
             self.ring.drop(self.ring.count)
         self.settled, self.full_at = self.seen, 0

@@ -7,25 +7,31 @@ Seen from outside, the slots of a row and head are in the order of their positio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyramidkv.ops.bitmap import pack_positions, unpack_positions
+from pyramidkv.ops.compact import Slots, compact
 from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import PAGE, key_bytes, value_bytes
 from pyramidkv.ops.valid import joined
-from pyramidkv.pool import Pool
+from pyramidkv.pool import Lease, Pool
 from pyramidkv.storage import Spec, Storage
 
 
 class PackedStorage:
     """A drop-in for `Storage` whose slots, but for the newest at the time of packing, lie in pages."""
 
-    def __init__(self, pages: Pages, bitmap: Tensor, new: Storage) -> None:
+    lease: Lease | None = None  # of pages and a bitmap that belong to a pool
+
+    def __init__(self, pages: Pages, bitmap: Tensor, new: Storage, pool: Pool | None = None) -> None:
         self.pages = pages
-        self.bitmap = bitmap  # (B, H, tokens / 8) uint8: the positions of what is in pages, one bit a token
+        self.bitmap = bitmap  # (B, H, tokens / 8 or more) uint8: the positions of what is in pages, one bit a token
         self.new = new
+        if pool is not None:
+            self.lease = pool.lend_packed(self, pages, bitmap)
 
     @classmethod
     def gather(
@@ -75,10 +81,12 @@ class PackedStorage:
         old = index[:, :, :count]
         found = None if pool is None else pool.take_pages
         packed = Pages.gather(key, value, old, limits, recent, bits, pages, found, again)
-        storage = cls(packed, pack_positions(positions, old, tokens), newest)
-        if pool is not None:
-            pool.lend_pages(storage, packed)
-        return storage
+        size = *index.shape[:2], -(-tokens // 8)
+        bitmap = None if pool is None else pool.take_bitmap(size, index.device)
+        if bitmap is None:
+            bitmap = torch.empty(size, dtype=torch.uint8, device=index.device)
+        pack_positions(positions, old, bitmap)
+        return cls(packed, bitmap, newest, pool)
 
     @property
     def newest(self) -> Storage:
@@ -131,6 +139,42 @@ class PackedStorage:
             old = old[:, 0]
         return old if new is None else joined(old, new)
 
+    def widen(self, tokens: int) -> None:
+        """Have a bit for each of so many tokens in the bitmap, if need be for twice as many as it has."""
+        missing = -(-tokens // 8) - self.bitmap.shape[2]
+        if missing <= 0:
+            return
+        width = 1 << (self.bitmap.shape[2] + missing - 1).bit_length()
+        self.bitmap = torch.nn.functional.pad(self.bitmap, (0, width - self.bitmap.shape[2]))
+        if self.lease is not None:
+            self.lease = self.lease.instead(self, (self.pages, self.bitmap))
+
+    def has_room(self, kept: int, pages: int | None, recent: int) -> bool:
+        """Whether `compact` could keep up to `kept` slots of each head, `pages` of a row if that is not None."""
+        old, shape = kept - recent, self.pages.shape
+        if old <= 0 or shape.even != (pages is None) or self.new.capacity < recent:
+            return False
+        shape = shape._replace(pages=shape.heads * -(-old // PAGE) if pages is None else pages)
+        return shape.pages > 0 and self.pages.serves(shape, self.spec.rows)
+
+    def compact(
+        self, slots: Slots, index: Tensor, limits: Sequence[int] | Tensor, pages: int | None, recent: int
+    ) -> None:
+        """Write the slots `index` of what was unpacked where all of it lies, if it `has_room`; `cut` takes note of it.
+
+        The arguments are those of `gather`. What the host knows is left as it was: this is work on the device alone.
+        """
+        key, value, positions = slots
+        old = index[:, :, :-recent] if recent else index
+        compact(slots, index[:, :, old.shape[2] :], self.new.buffers())
+        Pages.gather(key, value, old, limits, recent, self.pages.bits, pages, lambda *_: self.pages)
+        pack_positions(positions, old, self.bitmap)
+
+    def cut(self, recent: int, padded: bool) -> None:
+        """Take note of what `compact` has written; fewer than `recent` slots of a head are newest ones if `padded`."""
+        self.new.cut(recent, padded)
+        self.pages = self.pages.written_over()
+
     def append(self, key: Tensor, value: Tensor, positions: Tensor, room: int) -> None:
         """Put (B, H, T, *) behind the slots in use, unpacked."""
         self.new.append(key, value, positions, room)
@@ -147,6 +191,9 @@ class PackedStorage:
         """A copy with the rows `index` (N,), in that order."""
         bitmap = self.bitmap.index_select(0, index.to(self.bitmap.device))
         return PackedStorage(self.pages.rows(index), bitmap, self.new.rows(index))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lease"}  # a copy owns what it holds
 
 
 def packed_bytes(

@@ -29,11 +29,12 @@ class Lease:
 
 
 class Pool:
-    """The buffers of one layer, lent to one holder at a time for as long as that is in use; and so its pages."""
+    """The buffers of one layer, lent to one holder at a time for as long as that is in use; and so what it packs."""
 
     def __init__(self) -> None:
         self._free: Buffers | None = None
         self._pages: Pages | None = None
+        self._bitmap: Tensor | None = None
         self._open = True
 
     def take(self, key: torch.Size, value: torch.Size, dtype: torch.dtype, device: torch.device) -> Buffers | None:
@@ -59,13 +60,20 @@ class Pool:
         free, self._pages = self._pages, None
         return free if free is not None and free.serves(shape, rows) else None
 
-    def lend_pages(self, holder: object, pages: Pages) -> None:
-        """Have pages back when nobody uses their holder any more."""
-        Lease(holder, self._give_pages, pages)
+    def take_bitmap(self, shape: tuple[int, int, int], device: torch.device) -> Tensor | None:
+        """The free bitmap if it serves for (B, H, bytes), up to four times as many bytes; if not, it is given up."""
+        free, self._bitmap = self._bitmap, None
+        if free is None or free.device != device or free.shape[:2] != shape[:2]:
+            return None
+        return free if shape[2] <= free.shape[2] <= 4 * shape[2] else None
+
+    def lend_packed(self, holder: object, pages: Pages, bitmap: Tensor) -> Lease:
+        """Have pages and bitmap back when nobody uses their holder any more."""
+        return Lease(holder, self._give_packed, (pages, bitmap))
 
     def close(self) -> None:
         """Keep nothing from now on."""
-        self._free, self._pages, self._open = None, None, False
+        self._free, self._pages, self._bitmap, self._open = None, None, None, False
 
     def __deepcopy__(self, _: object) -> Pool:
         return self  # a forked cache may take from it too
@@ -74,6 +82,6 @@ class Pool:
         if self._open:
             self._free = buffers
 
-    def _give_pages(self, pages: Pages) -> None:
+    def _give_packed(self, packed: tuple[Pages, Tensor]) -> None:
         if self._open:
-            self._pages = pages
+            self._pages, self._bitmap = packed

@@ -18,6 +18,9 @@ from pyramidkv.errors import UnsupportedError
 TYPES = ("default", "linear", "llama3", "yarn")
 
 
+Turn = tuple[Tensor, Tensor]  # cosines and sines, (B, R / 2) float32 each
+
+
 class Rotary:
     """The frequencies of a model's full-attention layers: (R / 2,) float32, R channels of a head being rotated."""
 
@@ -43,7 +46,7 @@ class Rotary:
         exponent = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
         return cls(1.0 / parameters["rope_theta"] ** exponent)
 
-    def angles(self, distance: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    def angles(self, distance: Sequence[int], device: torch.device) -> Turn:
         """Cosines and sines, (B, R / 2) float32 each, that move (B, H, *, D) rotated vectors on by `distance` tokens.
 
         `distance` has a number for each row; `ops.turn.turn` moves the vectors.

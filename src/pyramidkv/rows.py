@@ -110,7 +110,10 @@ class Lender:
         self._paged = here.stop
         return self.pages.part(here)
 
-    def lend_pages(self, holder: object, pages: Pages) -> None:
+    def take_bitmap(self, shape: tuple[int, int, int], device: torch.device) -> Tensor | None:
+        """None: the bitmaps of all rows are put together in `join`."""
+
+    def lend_packed(self, holder: object, pages: Pages, bitmap: Tensor) -> None:
         """As `lend`."""
 
     def _row_pages(self, shape: PageShape) -> int:
@@ -151,10 +154,11 @@ def join(layer: PyramidKVLayer, parts: Sequence[PyramidKVLayer], lender: Lender)
         assert lender.pages is not None
         pages = Pages(lender.pages.keys, lender.pages.values, lender.pages.layout, packed[0].pages.even)
         tokens = max(s.bitmap.shape[2] for s in packed)  # of the longest row, eight to a byte
-        bitmaps = [pad(s.bitmap, (0, tokens - s.bitmap.shape[2])) for s in packed]
-        layer.storage = PackedStorage(pages, torch.cat(bitmaps), new)
-        if layer.pool is not None:
-            layer.pool.lend_pages(layer.storage, pages)
+        bitmap = torch.cat([pad(s.bitmap, (0, tokens - s.bitmap.shape[2])) for s in packed])
+        free = None if layer.pool is None else layer.pool.take_bitmap((*bitmap.shape[:2], tokens), bitmap.device)
+        if free is not None:  # where the last batch's lay
+            free.zero_()[:, :, :tokens] = bitmap
+        layer.storage = PackedStorage(pages, bitmap if free is None else free, new, layer.pool)
 
 
 def _offset(part: PyramidKVLayer) -> Tensor:

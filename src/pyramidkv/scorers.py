@@ -18,7 +18,7 @@ from pyramidkv.ops.band_scores import band_scores
 from pyramidkv.ops.pooling import pool
 from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores import window_scores
-from pyramidkv.rotary import Rotary
+from pyramidkv.rotary import Turn
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,19 @@ class Observation:
     tokens: Sequence[int]  # real tokens of each row so far: the newest is at position tokens - 1
     layer: int  # index of the layer in the model
     first_head: int = 0  # index in the model of the first KV head; tensor parallelism gives each process some of them
-    rotary: Rotary | None = None  # for scorers that move queries
+    back: Turn | None = None  # for scorers that move: turns the rotated keys of a row back by as many tokens as it has
     lasting: Tensor | None = None  # (B, Hkv, K), for scorers that last, if more of the prompt is to come
 
 
 class Scorer(ABC):
     """Says what each key is worth to later tokens."""
 
-    moves = False  # True for a scorer that needs `Observation.rotary`
+    moves = False  # True for a scorer that needs `Observation.back`
     lasts = False  # True for a scorer that says something of the newest Q keys, in `Observation.lasting`, to read later
     observes = True  # False for a scorer that never looks at `Observation.query`: no queries are kept for it
     # True if `score` launches the same work for tensors of the same shapes and copies no number from the host or to it:
-    # evictions while decoding are then replayed from a CUDA graph. Not inherited: each class says it of itself.
+    # evictions while decoding are then replayed from a CUDA graph, in which `tokens` are those of the capture. Not
+    # inherited: each class says it of itself.
     replays = False
 
     def __init__(self, config: CompressionConfig) -> None:
@@ -127,16 +128,14 @@ class EchoScorer(WideWindowScorer):
     have the score of `rms`, scaled to the mean of their head's new keys.
     """
 
-    moves = True
-    lasts = True
+    moves = lasts = replays = True
 
     def score(self, seen: Observation) -> Tensor:
-        assert seen.rotary is not None
+        assert seen.back is not None
         new = seen.query.shape[2]
         valid = None if seen.valid is None else seen.valid[..., -new:]
         # Moving all keys back is moving all queries on; there may be fewer keys.
-        back = seen.rotary.angles([-tokens for tokens in seen.tokens], seen.key.device)
-        again = band_scores(seen.query, seen.key[:, :, -new:], seen.scaling, valid, back)
+        again = band_scores(seen.query, seen.key[:, :, -new:], seen.scaling, valid, seen.back)
         if seen.lasting is not None:
             seen.lasting[:, :, -new:] = again
             return torch.cat([seen.lasting[:, :, :-new].float(), again], dim=2)

@@ -176,17 +176,11 @@ class Storage:
         self.length = end
         self.appended += key.shape[2]
 
-    def keep(self, index: Tensor, padded: bool) -> None:
-        """Keep the slots `index` (B, H, N), -1 for an empty one, in the same buffers, and free the others.
+    def compact(self, index: Tensor) -> None:
+        """Move the slots `index` (B, H, N) to the front; -1 is for an empty one. `cut` frees the others.
 
         Buffers stay where they are: a captured graph holds their addresses.
         """
-        self.compact(index)
-        self.cut(index.shape[-1], padded)
-        self.start = (index < 0).sum(-1, dtype=torch.int32) if padded else None
-
-    def compact(self, index: Tensor) -> None:
-        """Move the slots `index` (B, H, N) to the front; -1 is for an empty one."""
         kept = index.shape[-1]
         keys, values, positions = (t.new_empty(*t.shape[:2], kept, *t.shape[3:]) for t in self.buffers())
         compact(self.buffers(), index, (keys, values, positions))  # not at once: a slot may lie where another is to go

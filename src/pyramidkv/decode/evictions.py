@@ -1,92 +1,129 @@
 """Evictions between the replays of a decoding step: from the second on, a replay of a CUDA graph of their own.
 
-Layers that hold a bound evict again and again in the same buffers, from the same length to the same length, and all at
-the same token: what is launched then differs in nothing but what lies in the buffers. One eviction is launched kernel
-by kernel, which compiles what must be compiled; the next one like it is captured, and those that follow are replayed.
+A layer that holds a bound evicts again and again where it lies, from as many slots to as many: what is launched then
+differs in nothing but what lies on the device. One eviction is launched kernel by kernel, which compiles what must be
+compiled; the next one like it is captured, and those that follow are replayed. Each layer has a graph of its own, since
+a packed one whose heads come to need more pages than any did before is launched anew, and those of the others serve.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
-from pyramidkv.storage import Storage
+from pyramidkv.packed import PackedStorage
+from pyramidkv.rotary import Turn
 
 if TYPE_CHECKING:
     from pyramidkv.layer import PyramidKVLayer
 
 
 class Record(Protocol):
-    """Captures work on a device after some runs of it; gives what replays it."""
+    """Captures work on a device after some runs of it; gives what replays it.
 
-    def __call__(self, work: Callable[[], None], device: torch.device, warm_ups: int) -> Callable[[], None]: ...
+    Graphs that have a `pool` in common take the memory for what they compute from it, and run one after another.
+    """
+
+    def __call__(
+        self, work: Callable[[], object], device: torch.device, warm_ups: int, pool: Any
+    ) -> Callable[[], None]: ...
+
+
+@dataclass
+class _Known:
+    """What a layer has done."""
+
+    launched: Hashable = None  # the work of the last eviction that was not replayed
+    captured: Hashable = None  # the work of the graph
+    replay: Callable[[], None] | None = None
 
 
 class Evictions:
     """Makes room in the layers of one cache after another."""
 
     def __init__(self, record: Record) -> None:
-        self.captures = 0
+        self.captures = 0  # of all layers
+        self.launched = 0  # evictions of a layer that were neither captured nor replayed
         self._record = record
-        self._launched: Hashable = None  # the work of the last eviction that was not replayed
-        self._captured: Hashable = None  # the work of the graph
-        self._replay: Callable[[], None] | None = None
+        self._known: dict[int, _Known] = {}  # of each layer
+        self._pool: Any = None  # memory of all graphs: layers come one after another
+        self._back: Tensor | None = None  # (2, B, R / 2): where graphs find what turns keys back, for all layers
+        self._turned: Turn | None = None  # what lies there
 
     def run(self, due: Sequence[tuple[PyramidKVLayer, list[int]]]) -> None:
         """Evict in each of these layers, down to that many tokens of each row."""
-        work = _work(due)
-        if work is None or work not in (self._captured, self._launched):
-            for layer, held in due:
-                layer.evict_decoded(held)
-            self._launched = work
-            return
-        if self._replay is None or work != self._captured:
-            self._replay, self._captured = None, None  # its memory goes first
-            self._replay, self._captured = self._capture(due), work
-        self._replay()
         for layer, held in due:
-            assert isinstance(layer.storage, Storage)
-            layer.storage.cut(max(held), padded=False)
+            back = self._refresh(layer)
+            work, known = _work_of(layer, held, back), self._known.setdefault(layer.layer, _Known())
+            if work is None or work not in (known.captured, known.launched):
+                layer.evict_decoded(held)
+                known.launched = work
+                self.launched += 1
+                continue
+            if known.replay is None or work != known.captured:
+                known.replay, known.captured = None, None  # its memory goes first
+                known.replay, known.captured = self._capture(layer, held, back), work
+            known.replay()
             layer.evicted(held)
 
     def close(self) -> None:
-        """Let the graph go."""
-        self._launched = self._captured = self._replay = None
+        """Let the graphs go."""
+        self._known, self._pool, self._back, self._turned = {}, None, None, None
 
-    def _capture(self, due: Sequence[tuple[PyramidKVLayer, list[int]]]) -> Callable[[], None]:
-        still = [(_still(layer), held) for layer, held in due]
+    def _refresh(self, layer: PyramidKVLayer) -> Turn | None:
+        """What turns keys back by as many tokens as there are, where the graphs look for it."""
+        now = layer.back()
+        if now is None:
+            return None
+        if self._back is None or self._back.shape[1:] != now[0].shape or self._back.device != now[0].device:
+            self._back, self._turned = now[0].new_empty(2, *now[0].shape), None
+        cos, sin = self._back
+        if self._turned is None or self._turned[0] is not now[0]:  # all layers get the same tensors
+            torch._foreach_copy_([cos, sin], list(now))
+            self._turned = now
+        return cos, sin
 
-        def work() -> None:
-            for layer, held in still:
-                assert isinstance(layer.storage, Storage)
-                layer.storage.compact(layer.survivors(held))
-
+    def _capture(self, layer: PyramidKVLayer, held: list[int], back: Turn | None) -> Callable[[], None]:
+        still = _still(layer)
+        assert still.storage is not None
+        device = still.storage.newest.keys.device
+        if self._pool is None and device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
         self.captures += 1
-        return self._record(work, still[0][0].storage.keys.device, 0)  # type: ignore[union-attr]
+        return self._record(lambda: still.thin(held, back), device, 0, self._pool)
 
 
-def _work(due: Sequence[tuple[PyramidKVLayer, list[int]]]) -> Hashable:
+def _work_of(layer: PyramidKVLayer, held: list[int], back: Turn | None) -> Hashable:
     """All that the launches of an eviction depend on; None if that is more than numbers."""
-    found = [_work_of(layer, held) for layer, held in due]
-    return None if None in found else tuple(found)
-
-
-def _work_of(layer: PyramidKVLayer, held: list[int]) -> Hashable:
-    storage, ring, scorer = layer.storage, layer.ring, layer.scorer
-    if not isinstance(storage, Storage) or storage.padded or len(set(held)) > 1 or layer.plan.config.packs(layer.rank):
-        return None  # launches follow the rows, or memory is asked for
-    if not vars(type(scorer)).get("replays", False):
+    storage, ring = layer.storage, layer.ring
+    if storage is None or storage.newest.padded or len(set(held)) > 1 or len(set(layer.held)) > 1:
+        return None  # launches follow the rows
+    if not vars(type(layer.scorer)).get("replays", False) or not layer.stays(held):
         return None
-    queries = None if ring is None else (ring.queries.data_ptr(), ring.queries.shape, ring.count)
-    buffers = tuple((buffer.data_ptr(), buffer.shape) for buffer in storage.buffers())
-    return layer.layer, held[0], storage.length, buffers, queries, layer.scaling
+    queries = None if ring is None else (_place(ring.queries), ring.count)
+    buffers = [*storage.newest.buffers(), *([] if back is None else back)]
+    slots = 0
+    if isinstance(storage, PackedStorage):
+        buffers += [*storage.pages.tensors().values(), storage.bitmap]
+        slots = storage.pages.slots
+    places = tuple(map(_place, buffers))
+    return held[0], layer.held[0], storage.newest.length, slots, places, queries, layer.scaling
+
+
+def _place(tensor: Tensor) -> Hashable:
+    """Where a tensor lies, and how."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _still(layer: PyramidKVLayer) -> PyramidKVLayer:
     """The layer as it is now, over the same memory, whatever becomes of it."""
     same = copy.copy(layer)
     same.storage, same.ring = copy.copy(layer.storage), copy.copy(layer.ring)
+    if isinstance(same.storage, PackedStorage):
+        same.storage.new = copy.copy(same.storage.new)
     return same

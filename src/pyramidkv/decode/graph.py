@@ -48,8 +48,13 @@ def aside(device: torch.device) -> torch.cuda.Stream | None:
     return _ASIDE[device]
 
 
-def record(work: Callable[[], None], device: torch.device, warm_ups: int = WARM_UPS) -> Callable[[], None]:
-    """What replays a CUDA graph of `work`, which runs `warm_ups` times beforehand."""
+def record(
+    work: Callable[[], object], device: torch.device, warm_ups: int = WARM_UPS, pool: Any = None
+) -> Callable[[], None]:
+    """What replays a CUDA graph of `work`, which runs `warm_ups` times beforehand.
+
+    With a `pool` (`torch.cuda.graph_pool_handle`), its memory is that of other graphs, which run before it or after.
+    """
     stream = aside(device)
     assert stream is not None
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -58,7 +63,7 @@ def record(work: Callable[[], None], device: torch.device, warm_ups: int = WARM_
             work()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream), torch.no_grad():
+    with torch.cuda.graph(graph, pool=pool, stream=stream), torch.no_grad():
         work()
     replay: Callable[[], None] = graph.replay
     return replay

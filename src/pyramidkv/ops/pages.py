@@ -48,6 +48,7 @@ class Pages:
     layout: Tensor  # (3, B, H) int32: `first`, `count` and `start`
     even: bool  # all heads have the same number of pages, and those of a row the same slots in use
     asked: ReadBack | None = None  # `count` on its way to the host
+    least: int = 0  # slots of each head when unpacked, at least: those that were written over had so many
 
     @classmethod
     def gather(
@@ -90,6 +91,14 @@ class Pages:
         asked = ReadBack(into.count) if ask and not even else None
         return cls(into.keys, into.values, into.layout, even, asked)  # what lay there knew other numbers
 
+    def written_over(self) -> Pages:
+        """What lies in the same place now: other tokens, of which each head has other numbers.
+
+        Unpacked, they take no fewer slots: what is launched over them is the same from one eviction to the next.
+        """
+        asked = None if self.even else ReadBack(self.count)
+        return Pages(self.keys, self.values, self.layout, self.even, asked, self.slots)
+
     @property
     def shape(self) -> PageShape:
         """All of it but the rows."""
@@ -109,7 +118,7 @@ class Pages:
     def part(self, rows: slice) -> Pages:
         """Those of some rows, where they lie."""
         keys, values = (c.each(lambda t: t[rows]) for c in (self.keys, self.values))
-        return Pages(keys, values, self.layout[:, rows], self.even)
+        return Pages(keys, values, self.layout[:, rows], self.even, least=self.least)
 
     @property
     def first(self) -> Tensor:
@@ -169,7 +178,7 @@ class Pages:
         if self.even:
             return self.most * PAGE
         step = max((1 << self.most.bit_length()) // 16, 1)
-        return -(-self.most // step) * step * PAGE
+        return max(-(-self.most // step) * step * PAGE, self.least)
 
     def valid(self, more: int = 0) -> Tensor:
         """(B, H, slots + more) bool, False for empty slots; `more` others behind them are all in use."""
@@ -191,7 +200,7 @@ class Pages:
     def rows(self, index: Tensor) -> Pages:
         """A copy with the rows `index` (N,), in that order."""
         layout = self.layout.index_select(1, index.to(self.layout.device))
-        return Pages(self.keys.rows(index), self.values.rows(index), layout, self.even)
+        return Pages(self.keys.rows(index), self.values.rows(index), layout, self.even, least=self.least)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, by name."""

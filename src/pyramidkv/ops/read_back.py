@@ -10,7 +10,8 @@ class ReadBack:
     """A small tensor on its way from its device to the host."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._here = tensor.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        # From a GPU into pinned memory. A copy in any case: what lies where the tensor is may change.
+        self._here = tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu", non_blocking=True)
         self._there: torch.cuda.Event | None = None
         if tensor.is_cuda:
             self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -18,8 +18,8 @@ def why_naive(positions: Tensor, index: Tensor) -> str | None:
     return kernels.why_no_triton(index.device)
 
 
-def pack_positions(positions: Tensor, index: Tensor, tokens: int) -> Tensor:
-    """(B, H, ceil(tokens / 8)) uint8: the positions of the slots `index`.
+def pack_positions(positions: Tensor, index: Tensor, into: Tensor) -> None:
+    """Write the positions of the slots `index` into a bitmap (B, H, bytes).
 
     The definition and the arguments are those of `naive.pack_positions`; the kernel's result is the same.
     """
@@ -27,8 +27,9 @@ def pack_positions(positions: Tensor, index: Tensor, tokens: int) -> Tensor:
         from pyramidkv.ops.bitmap import triton
 
         with kernels.on(index.device):
-            return triton.pack_positions(positions, index, tokens)
-    return naive.pack_positions(positions, index, tokens)
+            triton.pack_positions(positions, index, into)
+        return
+    naive.pack_positions(positions, index, into)
 
 
 def unpack_positions(bitmap: Tensor, slots: int) -> Tensor:

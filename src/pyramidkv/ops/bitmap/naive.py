@@ -6,24 +6,21 @@ import torch
 from torch import Tensor
 
 
-def pack_positions(positions: Tensor, index: Tensor, tokens: int) -> Tensor:
-    """A bit for the position of each chosen slot.
+def pack_positions(positions: Tensor, index: Tensor, into: Tensor) -> None:
+    """A bit for the position of each chosen slot, and none for any other.
 
     Args:
-        positions: (B, H, K) int32, below `tokens`; -1 for an empty slot.
+        positions: (B, H, K) int32; -1 for an empty slot.
         index: (B, H, N) into K, so that positions rise, behind -1s for none.
-        tokens: of the longest row.
-
-    Returns:
-        (B, H, ceil(tokens / 8)) uint8; the lowest bit of the first byte is position 0.
+        into: (B, H, bytes) uint8, to be written, a bit for every position; the lowest of the first byte is position 0.
     """
     rows, heads, _ = index.shape
     chosen = positions.gather(2, index.clamp(min=0)).masked_fill(index < 0, -1)
-    width = -(-tokens // 8) * 8
+    width = 8 * into.shape[2]
     bits = torch.zeros(rows, heads, width + 1, dtype=torch.uint8, device=positions.device)
     bits.scatter_(2, chosen.long().where(chosen >= 0, width), 1)  # the last column is thrown away
     weight = 2 ** torch.arange(8, dtype=torch.uint8, device=positions.device)
-    return (bits[..., :width].reshape(rows, heads, -1, 8) * weight).sum(-1, dtype=torch.uint8)
+    into.copy_((bits[..., :width].reshape(*into.shape, 8) * weight).sum(-1, dtype=torch.uint8))
 
 
 def unpack_positions(bitmap: Tensor, slots: int) -> Tensor:

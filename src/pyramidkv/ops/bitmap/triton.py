@@ -46,12 +46,13 @@ def bitmap_kernel(position, index, bitmap, spb, sph, spn, sib, sih, heads, slots
     tl.store(bitmap + program * width + byte, bits.to(tl.uint8), mask=(place >= 0) & (before >> 3 != byte))
 
 
-def pack_positions(positions: Tensor, index: Tensor, tokens: int) -> Tensor:
-    """As `naive.pack_positions`."""
+def pack_positions(positions: Tensor, index: Tensor, into: Tensor) -> None:
+    """As `naive.pack_positions`, into a contiguous bitmap."""
+    if not into.is_contiguous():
+        raise ValueError("into: the bitmap must be contiguous")
     index = dense(index)
-    bitmap = torch.zeros(*index.shape[:2], -(-tokens // 8), dtype=torch.uint8, device=index.device)
-    _packing(index.shape, positions.stride(), index.stride(), bitmap.shape[2])(positions, index, bitmap)
-    return bitmap
+    into.zero_()
+    _packing(index.shape, positions.stride(), index.stride(), into.shape[2])(positions, index, into)
 
 
 @lru_cache(maxsize=KNOWN)
