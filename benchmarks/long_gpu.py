@@ -163,6 +163,7 @@ def write(model: Any, options: dict[str, Any], slack: int | None, *, prompt: int
     with torch.no_grad(), pyramidkv.compress(model, config) as session:
         warm = 8 if slack is None else 2 * slack + 8  # and two evictions: one compiles, the next is captured
         clock = Clock()
+        speed.reset_peak(model.device)
         for tokens in (warm, new):
             clock = Clock(session)
             model.generate(
@@ -170,6 +171,8 @@ def write(model: Any, options: dict[str, Any], slack: int | None, *, prompt: int
                 stopping_criteria=StoppingCriteriaList([clock]), **arguments,
             )  # fmt: skip
         held = max(layer.kept_tokens for layer in session.report().layers)
+        peak, graph = speed.peak_bytes(model.device), session._graph
+        evictions = None if graph is None else graph.evictions
     steps, evicted = clock.steps()[SETTLED:], clock.evicted[1 + SETTLED :]
     touched = [e or before for e, before in zip(evicted, [False, *evicted], strict=False)]
     usual = statistics.median([s for s, t in zip(steps, touched, strict=True) if not t])
@@ -180,11 +183,14 @@ def write(model: Any, options: dict[str, Any], slack: int | None, *, prompt: int
         "slack": slack,
         "new": new,
         "evictions": sum(evicted),
+        "captured": None if evictions is None else evictions.captures,  # of a layer, warm-up included
+        "launched": None if evictions is None else evictions.launched,
         "tpot_usual_ms": round(1e3 * usual, 4),
         "tpot_mean_ms": round(1e3 * statistics.mean(steps), 4),
         "eviction_ms": round(1e3 * excess / max(sum(evicted), 1), 3),
         "evictions_percent": round(100 * excess / (usual * len(steps)), 3),
         "held_most": held,
+        "peak_gb": None if peak is None else round(peak / 1e9, 3),
     }
 
 

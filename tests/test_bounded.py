@@ -90,6 +90,23 @@ def test_heads_of_unequal_numbers_stay_bounded_together(bits):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("heads", ["uniform", "adaptive"])
+def test_a_prompt_with_nothing_to_pack_is_packed_when_it_has_grown(heads):
+    plain = model(LLAMA)
+    cache = cache_for(plain, method="rms", heads=heads, budget=80, bits=4)
+    ids = padded_batch((110,))[0]
+    plain(ids[:, :3], past_key_values=cache)
+    for i in range(3, 110):
+        plain(ids[:, i : i + 1], past_key_values=cache)
+        for layer in cache.layers:
+            assert isinstance(layer.storage, PackedStorage) == (layer.settled > 3)
+            each = [len(kept(layer, head=head)) for head in range(2)]
+            newest = i + 1 - max(layer.settled, 3)  # since the last eviction
+            assert sum(each) == 2 * (i + 1) if layer.settled <= 3 else 72 <= sum(each) - 2 * newest <= 2 * 80
+    assert cache.report().evicted
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", [NEOX, LLAMA, "mistral-4-1-128", GEMMA])
 def test_decoding_equals_the_masked_reference(name):
     """Everything is kept and evicted keys are masked, in float64 loops; a padded batch against its rows alone."""

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch.nn import functional
 
+import evicting
 import pyramidkv
 from families import NAMES, model, padded_batch
 from pyramidkv.decode import graph as graphs
 from pyramidkv.decode import products
 from pyramidkv.layer import PyramidKVLayer
-from pyramidkv.methods import METHODS, register
 from pyramidkv.pool import Pool
-from pyramidkv.scorers import EchoScorer
 from pyramidkv.storage import Storage
 
 PLAIN = [name for name in NAMES if not name.startswith("gemma3")]  # no sliding layers
@@ -342,67 +341,25 @@ def test_a_bound_is_kept_in_the_same_buffers(padded, method):
 ONE_IN_8 = {"method": "rms", "bits": 4, "layers": "1:8,1,1"}
 
 
-def held_by(layer):
-    """All that a layer holds, the number of slots that its heads have unpacked, and pages of each head."""
-    storage, new = layer.storage, layer.storage.newest
-    found = [t[:, :, : new.length] for t in new.buffers()]
-    if storage is new:
-        return found, 0, []
-    found += [storage.positions, *storage.view(), *storage.pages.tensors().values()]
-    return found, storage.pages.slots, storage.pages.count.flatten().tolist()
-
-
-class Swinging(EchoScorer):
-    """As echo, but which heads score high changes with the tokens seen: as the angles do that turn keys back."""
-
-    replays = True
-
-    def score(self, seen):
-        return super().score(seen) * (1.2 + seen.back[0][:, : seen.key.shape[1], None])
-
-
-@pytest.fixture
-def swinging():
-    register("swinging", window=8, recent=8, kernel=1)(Swinging)
-    yield
-    del METHODS["swinging"]
-
-
-SWINGING = {"method": "swinging", "heads": "adaptive", "bits": 4}
+swinging = pytest.fixture(evicting.swinging)
 
 
 @pytest.mark.usefixtures("swinging")
-@pytest.mark.parametrize("options", [SWINGING, {"method": "echo"}], ids=str)
+@pytest.mark.parametrize("options", [evicting.SWINGING, {"method": "echo"}], ids=str)
 def test_replays_of_an_eviction_leave_what_launches_do(options, monkeypatch):
     """The work of one eviction is run again at all that follow, over other tokens and heads of other numbers."""
     plain = model("gpt_neox-2-2-80")
     ids, _, _ = padded_batch((290, 290))
     new = padded_batch((36, 36), seed=5)[0]
     options = {"budget": 200, "window": 8, "recent": 8, "slack": 5, "room": 5, **options}
-
-    def run():
-        found = []
-        with pyramidkv.compress(plain, **options) as session, torch.no_grad():
-            for prompt in (ids, ids.flip(1)):
-                cache = plain(prompt).past_key_values
-                for i in range(new.shape[1]):
-                    plain(new[:, i : i + 1], past_key_values=cache)
-                    if i and cache.layers[0].settled == cache.layers[0].seen - 1:
-                        found.append([held_by(layer) for layer in copy.deepcopy(cache.layers)])
-                del cache
-        return found, session._graph.evictions
-
-    got, evictions = run()
+    got, replayed = evicting.after_evictions(plain, (ids, ids.flip(1)), new, options)
     monkeypatch.setattr("pyramidkv.decode.evictions._work_of", lambda *_: None)
-    expected, launched = run()
+    expected, launched = evicting.after_evictions(plain, (ids, ids.flip(1)), new, options)
     assert len(got) == len(expected) == 14
-    for some, others in zip(got, expected, strict=True):
-        for (a, slots, pages), (b, *numbers) in zip(some, others, strict=True):
-            assert all(map(torch.equal, a, b))
-            assert [slots, pages] == numbers
+    assert evicting.alike(got, expected)
     layers = len(got[0])
     assert (launched.captures, launched.launched) == (0, 14 * layers)
-    assert layers <= evictions.captures <= evictions.launched < 5 * layers
+    assert layers <= replayed.captures <= replayed.launched < 5 * layers
     if options["method"] == "swinging":
         assert len({tuple(pages) for _, _, pages in (layers[-1] for layers in got)}) > 1
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import evicting
 import pyramidkv
 from families import NAMES, model, padded_batch
 from kernel_testing import never_waiting
+from pyramidkv.decode.evictions import Evictions
 from pyramidkv.layer import PyramidKVLayer
 
 pytestmark = pytest.mark.gpu
@@ -122,7 +124,7 @@ def test_captured_steps_give_the_tokens_of_the_eager_path(name, decode):
     assert session._graph.captures == 4  # again for room; the second prompt finds its buffers; another batch twice
 
 
-@pytest.mark.parametrize("method", ["pyramidkv", "rms", "h2o", "knorm", "streamingllm", "random"])
+@pytest.mark.parametrize("method", ["pyramidkv", "rms", "echo", "h2o", "knorm", "streamingllm", "random"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_evictions_between_captured_steps_keep_what_the_eager_path_keeps(method, rows):
     plain = model("gpt_neox-2-2-80").cuda()
@@ -136,7 +138,8 @@ def test_evictions_between_captured_steps_keep_what_the_eager_path_keeps(method,
                 found.append(plain.generate(prompt, attention_mask=mask, **arguments))
                 kept = [x.storage.positions[:, 0, : x.storage.length] for x in session.cache.layers]
                 found.append(torch.cat(kept, dim=1))
-    assert (session._graph.captures, session._graph.evictions.captures) == (1, 1)
+    layers = len(session.cache.layers)
+    assert (session._graph.captures, session._graph.evictions.captures) == (1, layers)
     assert all(torch.equal(a, b) for a, b in zip(found[:4], found[4:], strict=True))
 
 
@@ -154,7 +157,55 @@ def test_evictions_of_packed_caches_between_captured_steps(options):
             for prompt in (ids, ids.flip(1)):
                 found.append(plain.generate(prompt, attention_mask=mask, **arguments))
     assert session._graph.captures == 1  # pages and buffers stay where they are
+    assert session._graph.evictions.captures >= len(session.cache.layers)
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
+swinging = pytest.fixture(evicting.swinging)
+
+
+@pytest.mark.usefixtures("swinging")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "options", [evicting.SWINGING, {"method": "auto"}, {"method": "rms", "bits": 8}, {"method": "echo"}], ids=str
+)
+def test_replays_of_an_eviction_leave_what_launches_do(options, dtype, monkeypatch):
+    """A graph captured at one eviction gives at all that follow what launches give, to the last bit."""
+    plain = model("gpt_neox-2-2-80").to("cuda", dtype)
+    ids = padded_batch((400, 400))[0].cuda()
+    new = padded_batch((101, 101), seed=5)[0].cuda()
+    options = {"budget": 200, "window": 8, "recent": 8, "slack": 10, "room": 10, **options}
+    got, replayed = evicting.after_evictions(plain, (ids, ids.flip(1)), new, options)
+    monkeypatch.setattr("pyramidkv.decode.evictions._work_of", lambda *_: None)
+    expected, launched = evicting.after_evictions(plain, (ids, ids.flip(1)), new, options)
+    assert evicting.alike(got, expected)
+    layers = len(got[0])
+    assert (launched.captures, launched.launched) == (0, len(got) * layers)
+    assert layers <= replayed.captures <= replayed.launched < 5 * layers
+
+
+@pytest.mark.parametrize("method", ["rms", "auto"])
+def test_a_replayed_eviction_asks_for_no_memory_and_waits_for_nothing(method, monkeypatch):
+    plain = model("gpt_neox-2-2-80").to("cuda", torch.float16)
+    ids = padded_batch((400, 400))[0].cuda()
+    found, run = [], Evictions.run
+
+    def watched(self, due):
+        before = torch.cuda.memory_stats()["allocated_bytes.all.allocated"], self.captures + self.launched
+        with never_waiting():
+            run(self, due)
+        if self.captures + self.launched == before[1]:
+            found.append(torch.cuda.memory_stats()["allocated_bytes.all.allocated"] - before[0])
+
+    options = {"method": method, "bits": 4, "heads": "uniform", "budget": 200, "slack": 10, "room": 10}
+    arguments = {"max_new_tokens": 60, "min_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
+    arguments["attention_mask"] = torch.ones_like(ids)
+    with pyramidkv.compress(plain, window=8, recent=8, decode="graph", **options):
+        plain.generate(ids, **arguments)
+        monkeypatch.setattr(Evictions, "run", watched)
+        plain.generate(ids, **arguments)
+    assert len(found) >= 4
+    assert max(found) <= (0 if method == "rms" else 4096)  # angles
 
 
 @pytest.mark.parametrize("first", [0, 2])
