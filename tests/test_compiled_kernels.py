@@ -12,9 +12,11 @@ from pyramidkv.ops import kernels
 from pyramidkv.ops.append import append
 from pyramidkv.ops.bitmap import unpack_positions
 from pyramidkv.ops.decode_attention import decode_attention
+from pyramidkv.ops.level import level
 from pyramidkv.ops.merge import merge
 from pyramidkv.ops.packed_attention import packed_attention
 from pyramidkv.ops.pages import Pages
+from pyramidkv.ops.window_scores import window_scores
 
 pytestmark = [
     pytest.mark.slow,
@@ -91,9 +93,12 @@ def test_a_prefill_and_a_step_compile(compiled):
         plain(tokens, past_key_values=cache)
     for layer in cache.layers:
         layer.evict_decoded([40])
+    for valid in (None, torch.ones(2, 2, 50, dtype=torch.bool)):
+        level(torch.ones(2, 2, 40), torch.ones(2, 2, 10), valid)
+        window_scores(key[:, :, :10], key, 0.1, None if valid is None else valid[..., :40], power=2, per_visible=True)
     names = {name for _, name, *_ in compiled}
     assert {"band_kernel", "count_kernel", "select_kernel", "pack_kernel", "split_kernel", "join_kernel"} <= names
-    assert {"unpack_kernel", "positions_kernel"} <= names
+    assert {"unpack_kernel", "positions_kernel", "level_kernel", "sum_kernel"} <= names
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

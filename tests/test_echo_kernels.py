@@ -9,6 +9,8 @@ from pyramidkv.ops import band_scores as band_package
 from pyramidkv.ops import turn as turn_package
 from pyramidkv.ops.band_scores import band_scores
 from pyramidkv.ops.band_scores import naive as band_naive
+from pyramidkv.ops.level import level
+from pyramidkv.ops.level import naive as level_naive
 from pyramidkv.ops.turn import naive as turn_naive
 from pyramidkv.ops.turn import turn
 from pyramidkv.ops.valid import by_head
@@ -213,3 +215,60 @@ def test_interpreted_turn(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gpu_turn(shape, dtype):
     assert same_turn(shape, dtype, "cuda")
+
+
+# rows, heads, older keys, new ones
+LEVEL = [(1, 2, 70, 9), (3, 1, 5000, 1030), (2, 3, 1, 1), (7, 5, 64, 128)]
+
+
+def level_case(shape, kind, device="cpu"):
+    """Scores as parts of larger tensors, NaN where they do not count, and which do."""
+    rows, heads, past, count = shape
+    older = random(rows, heads, past + 3).abs()[..., :past]
+    new = 50 * random(rows, heads, count + 5).abs()[..., 5:]
+    if kind == "none":
+        return older.to(device), new.to(device), None
+    valid = torch.rand(rows, heads, past + count, generator=torch.Generator().manual_seed(past)) < 0.7
+    valid[0, 0] = False  # no score at all
+    valid = valid if kind == "heads" else valid[:, 0]
+    lost = ~by_head(valid)
+    older = older.masked_fill(lost[..., :past], float("nan"))
+    return older.to(device), new.masked_fill(lost[..., past:], float("nan")).to(device), valid.to(device)
+
+
+@pytest.mark.parametrize("shape", LEVEL)
+@pytest.mark.parametrize("kind", ["none", "heads", "rows"])
+def test_older_scores_come_to_the_level_of_new_ones(shape, kind):
+    older, new, valid = level_case(shape, kind)
+    got, past = level(older, new, valid), shape[2]
+    assert torch.equal(got[..., past:].nan_to_num(-1), new.nan_to_num(-1))
+    counts = torch.ones_like(got, dtype=torch.bool) if valid is None else by_head(valid).expand(got.shape)
+    for mine, was, real in zip(got.flatten(0, 1).double(), older.flatten(0, 1), counts.flatten(0, 1), strict=True):
+        old, mean = mine[:past][real[:past]], mine[past:][real[past:]].mean()
+        if len(old) and mean > 0:
+            assert abs(old.mean() / mean - 1) < 1e-5
+            factor = old / was[real[:past]]
+            assert factor.max() / factor.min() < 1 + 1e-5
+
+
+def same_level(shape, kind, device="cpu"):
+    from pyramidkv.ops.level import triton
+
+    older, new, valid = level_case(shape, kind, device)
+    got, expected = triton.level(older, new, valid), level_naive.level(older, new, valid)
+    assert torch.equal(got.isnan(), expected.isnan())
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0, equal_nan=True)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", LEVEL)
+@pytest.mark.parametrize("kind", ["none", "heads", "rows"])
+def test_interpreted_level(shape, kind):
+    same_level(shape, kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*LEVEL, (1, 32, 4096, 128), (8, 8, 40000, 1024)])
+@pytest.mark.parametrize("kind", ["none", "heads", "rows"])
+def test_gpu_level(shape, kind):
+    same_level(shape, kind, "cuda")

@@ -46,7 +46,7 @@ def test_interpreted_layer_launches_little_for_a_further_chunk(method, bound, mo
 
 
 @interpreted
-@pytest.mark.parametrize(("method", "bound"), [("pyramidkv", 11), ("rms", 11), ("knorm", 7), ("auto", 59)])
+@pytest.mark.parametrize(("method", "bound"), [("pyramidkv", 11), ("rms", 11), ("knorm", 7), ("auto", 31)])
 @torch.no_grad()
 def test_interpreted_eviction_while_decoding_launches_little(method, bound, monkeypatch):
     plain = model("gpt_neox-2-2-80")

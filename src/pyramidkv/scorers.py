@@ -15,6 +15,7 @@ from torch import Tensor
 from pyramidkv.config import CompressionConfig
 from pyramidkv.methods import register
 from pyramidkv.ops.band_scores import band_scores
+from pyramidkv.ops.level import level
 from pyramidkv.ops.pooling import pool
 from pyramidkv.ops.valid import by_head
 from pyramidkv.ops.window_scores import window_scores
@@ -141,19 +142,7 @@ class EchoScorer(WideWindowScorer):
             return torch.cat([seen.lasting[:, :, :-new].float(), again], dim=2)
         if new == seen.key.shape[2]:
             return again
-        older = super().score(seen)[..., :-new]
-        scale = _mean(again, valid) / _mean(older, None if seen.valid is None else seen.valid[..., :-new])
-        return torch.cat([older * scale, again], dim=2)
-
-
-def _mean(scores: Tensor, valid: Tensor | None) -> Tensor:
-    """(B, H, 1): the mean of each head's scores (B, H, K) that are valid; never 0."""
-    if valid is None:
-        mean = scores.mean(-1, keepdim=True)
-    else:
-        real = by_head(valid)
-        mean = scores.where(real, 0.0).sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1)
-    return mean.clamp(min=torch.finfo(torch.float32).tiny)
+        return level(super().score(seen)[..., :-new], again, seen.valid)
 
 
 @register("h2o")

@@ -22,7 +22,7 @@ from torch import Tensor
 from pyramidkv.ops.kernels import dense, parts, power_of_two, processors, tiles
 from pyramidkv.ops.launch import KNOWN, Launch, Shapes
 from pyramidkv.ops.valid import by_head
-from pyramidkv.ops.window_scores.naive import askers, terms
+from pyramidkv.ops.window_scores.naive import askers
 
 # Of a prompt or of an eviction while decoding: no kernel is compiled anew for one that 16 divides.
 _LENGTHS = ["window", "keys", "past", "span"]
@@ -230,14 +230,31 @@ def _sum_step(
     return total + tl.sum(share, 1)
 
 
+@triton.jit
+def _terms(
+    asking, column, window, past, PER_VISIBLE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
+    """How many queries that count each key's sum runs over; at least 1."""
+    found = tl.zeros([KEYS], tl.int32)
+    for first in range(0, window, ROWS):
+        step = first + tl.arange(0, ROWS)
+        asks = tl.load(asking + step, mask=step < window, other=0) != 0
+        if PER_VISIBLE:
+            found += tl.sum((asks[None, :] & (column[:, None] <= past + step[None, :])).to(tl.int32), 1)
+        else:
+            found += tl.sum(asks.to(tl.int32), 0)
+    return tl.maximum(found, 1).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=_LENGTHS)
 def sum_kernel(
-    q, k, valid, lse, out, sqb, sqh, sqw, skb, skh, skn, svb, svh, scale, window, keys, past, kv_heads, groups,
+    q, k, valid, asking, lse, out, sqb, sqh, sqw, skb, skh, skn, svb, svh, sab, scale, window, keys, past, kv_heads,
+    groups,
     POWER: tl.constexpr, PER_VISIBLE: tl.constexpr,
     SIZE: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PACK: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
-    """Pass 2: (blocks of keys, B * Hkv) programs. Writes the power means; with `valid`, the sums."""
+    """Pass 2: (blocks of keys, B * Hkv) programs. Writes the power means."""
     block, head = tl.program_id(0) * KEYS, tl.program_id(1)
     batch = (head // kv_heads).to(tl.int64)
     kv_head = (head % kv_heads).to(tl.int64)
@@ -274,14 +291,14 @@ def sum_kernel(
             )  # fmt: skip
     if HAS_VALID:
         real = tl.load(valid + batch * svb + kv_head * svh + column, mask=there, other=0) != 0
-        total = tl.where(real, total, 0.0)
+        total = tl.where(real, total, 0.0) / groups
+        total /= _terms(asking + batch * sab, column, window, past, PER_VISIBLE, ROWS, KEYS)
+    elif PER_VISIBLE:
+        total /= groups * tl.minimum(keys - column, window).to(tl.float32)
     else:
-        if PER_VISIBLE:
-            total /= groups * tl.minimum(keys - column, window).to(tl.float32)
-        else:
-            total /= (groups * window).to(tl.float32)
-        if POWER == 2:
-            total = tl.sqrt(total)
+        total /= (groups * window).to(tl.float32)
+    if POWER == 2:
+        total = tl.sqrt(total)
     tl.store(out + head.to(tl.int64) * keys + column, total, mask=there)
 
 
@@ -312,11 +329,7 @@ def window_scores(
     if valid is not None and counted is not None:
         masks = by_head(valid).contiguous().view(torch.uint8), counted.contiguous().view(torch.uint8)
     lse = log_sum_exp(query, key, scaling, masks, behind)
-    out = probability_sums(query, key, scaling, lse, masks, power, per_visible, behind)
-    if masks is not None:
-        out /= query.shape[1] // key.shape[1] * terms(counted, keys, window, per_visible, key.device)
-        out = out.sqrt_() if power == 2 else out
-    return out
+    return probability_sums(query, key, scaling, lse, masks, power, per_visible, behind)
 
 
 def log_sum_exp(
@@ -390,11 +403,11 @@ def probability_sums(
     behind: bool = False,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """Pass 2: the power means, (B, Hkv, K) float32; with `masks` the bare sums of powers."""
+    """Pass 2: the power means, (B, Hkv, K) float32."""
     shapes = Shapes.of(query, key, None if masks is None else masks[0])
     passing = _second_pass(shapes, scaling, power, per_visible, behind, blocks)
     out = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
-    passing(query, key, key if masks is None else masks[0], lse, out)
+    passing(query, key, *((key, key) if masks is None else masks), lse, out)
     return out
 
 
@@ -415,7 +428,7 @@ def _second_pass(
     first, rest = parts(size)
     return Launch(
         sum_kernel, (tiles(keys, blocks.keys), batch * kv_heads),
-        *shapes.strides, scaling * math.log2(math.e),
+        *shapes.strides, window if shapes.mask_strides else 0, scaling * math.log2(math.e),
         window, keys, keys if behind else keys - window, kv_heads, groups,
         POWER=power, PER_VISIBLE=per_visible,
         SIZE=size, FIRST=first, REST=rest, ROWS=blocks.rows, KEYS=blocks.keys,
