@@ -101,6 +101,18 @@ def test_a_prefill_and_a_step_compile(compiled):
     assert {"unpack_kernel", "positions_kernel", "level_kernel", "sum_kernel"} <= names
 
 
+@pytest.mark.parametrize("bits", [16, 8, 2])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(28, 4, 128), (4, 1, 256), (9, 1, 112)])
+def test_packed_attention_takes_no_warp_group_products(compiled, heads, kv_heads, size, bits):
+    """On an H100 those of 64 slots with a few queries read past their memory (Triton 3.6)."""
+    key = torch.zeros(1, kv_heads, 70, size, dtype=torch.float16)
+    pages = Pages.gather(key, key, torch.arange(66).expand(1, kv_heads, 66), [67], 1, bits)
+    packed_attention(key[:, :, :1].repeat(1, heads // kv_heads, 1, 1), pages, key, key, 7, None, 0.1)
+    (kernel,) = [kernel for (_, name, *_), kernel in compiled.items() if name == "split_kernel"]
+    assert "mma.sync" in kernel.asm["ptx"]
+    assert "wgmma" not in kernel.asm["ptx"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_products_compile(compiled, dtype):
     from pyramidkv.ops.linear import triton

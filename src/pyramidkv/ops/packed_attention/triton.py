@@ -50,7 +50,8 @@ def choose(heads: int, pages: int, columns: int, size: int, itemsize: int, overl
     while per_program < 8 and heads * pages > 2048 * per_program:
         per_program *= 2  # each program costs a partial result
     sums = power_of_two(size) * power_of_two(columns) * (4 if itemsize == 4 else 1)  # what one warp can hold of them
-    warps = 1 if sums <= 1024 else 2 if sums <= 2048 else 4
+    # Of 16 bits two at most: with four, Triton (3.6) takes warp-group products, which read past their memory here.
+    warps = 1 if sums <= 1024 else 2 if sums <= 2048 or itemsize == 2 else 4
     return Blocks(per_program, 64, warps, 1, overlap, 128 if warps == 1 else 0)
 
 
