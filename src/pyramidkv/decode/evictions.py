@@ -2,16 +2,16 @@
 
 A layer that holds a bound evicts again and again where it lies, from as many slots to as many: what is launched then
 differs in nothing but what lies on the device. One eviction is launched kernel by kernel, which compiles what must be
-compiled; the next one like it is captured, and those that follow are replayed. Each layer has a graph of its own, since
-a packed one whose heads come to need more pages than any did before is launched anew, and those of the others serve.
+compiled; the next one like it is captured, and those that follow are replayed. Each layer has graphs of its own, since
+one whose heads come to need more pages than any did before is launched anew, while those of the others serve.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,13 +34,19 @@ class Record(Protocol):
     ) -> Callable[[], None]: ...
 
 
+class _Work(NamedTuple):
+    """All that the launches of an eviction depend on."""
+
+    places: Hashable  # where everything lies
+    numbers: Hashable
+
+
 @dataclass
 class _Known:
-    """What a layer has done."""
+    """What a layer has done in the same places: works that were launched once, and of those that came again graphs."""
 
-    launched: Hashable = None  # the work of the last eviction that was not replayed
-    captured: Hashable = None  # the work of the graph
-    replay: Callable[[], None] | None = None
+    places: Hashable
+    replays: dict[Hashable, Callable[[], None] | None] = field(default_factory=dict)
 
 
 class Evictions:
@@ -59,16 +65,19 @@ class Evictions:
         """Evict in each of these layers, down to that many tokens of each row."""
         for layer, held in due:
             back = self._refresh(layer)
-            work, known = _work_of(layer, held, back), self._known.setdefault(layer.layer, _Known())
-            if work is None or work not in (known.captured, known.launched):
+            work, known = _work_of(layer, held, back), self._known.get(layer.layer)
+            if work is not None and (known is None or known.places != work.places):
+                known = self._known[layer.layer] = _Known(work.places)  # graphs over other memory go
+            if work is None or known is None or work.numbers not in known.replays:
                 layer.evict_decoded(held)
-                known.launched = work
                 self.launched += 1
+                if work is not None and known is not None:
+                    known.replays[work.numbers] = None
                 continue
-            if known.replay is None or work != known.captured:
-                known.replay, known.captured = None, None  # its memory goes first
-                known.replay, known.captured = self._capture(layer, held, back), work
-            known.replay()
+            replay = known.replays[work.numbers]
+            if replay is None:
+                replay = known.replays[work.numbers] = self._capture(layer, held, back)
+            replay()
             layer.evicted(held)
 
     def close(self) -> None:
@@ -98,21 +107,21 @@ class Evictions:
         return self._record(lambda: still.thin(held, back), device, 0, self._pool)
 
 
-def _work_of(layer: PyramidKVLayer, held: list[int], back: Turn | None) -> Hashable:
-    """All that the launches of an eviction depend on; None if that is more than numbers."""
+def _work_of(layer: PyramidKVLayer, held: list[int], back: Turn | None) -> _Work | None:
+    """What an eviction launches; None if that depends on more than numbers."""
     storage, ring = layer.storage, layer.ring
     if storage is None or storage.newest.padded or len(set(held)) > 1 or len(set(layer.held)) > 1:
         return None  # launches follow the rows
     if not vars(type(layer.scorer)).get("replays", False) or not layer.stays(held):
         return None
-    queries = None if ring is None else (_place(ring.queries), ring.count)
-    buffers = [*storage.newest.buffers(), *([] if back is None else back)]
+    queries = [] if ring is None else [ring.queries]
+    buffers = [*queries, *storage.newest.buffers(), *([] if back is None else back)]
     slots = 0
     if isinstance(storage, PackedStorage):
         buffers += [*storage.pages.tensors().values(), storage.bitmap]
         slots = storage.pages.slots
-    places = tuple(map(_place, buffers))
-    return held[0], layer.held[0], storage.newest.length, slots, places, queries, layer.scaling
+    numbers = held[0], layer.held[0], storage.newest.length, slots, ring and ring.count, layer.scaling
+    return _Work(tuple(map(_place, buffers)), numbers)
 
 
 def _place(tensor: Tensor) -> Hashable:
