@@ -364,6 +364,41 @@ def test_replays_of_an_eviction_leave_what_launches_do(options, monkeypatch):
         assert len({tuple(pages) for _, _, pages in (layers[-1] for layers in got)}) > 1
 
 
+@pytest.mark.usefixtures("swinging")
+@torch.no_grad()
+def test_what_is_made_of_a_cache_between_replays_goes_its_own_way(tmp_path):
+    """Forked, saved, cropped: each over memory of its own, while the graphs go on over that of the first."""
+    plain = model("gpt_neox-2-2-80")
+    ids = padded_batch((290,))[0]
+    new = padded_batch((60,), seed=5)[0]
+    options = {"budget": 200, "window": 8, "recent": 8, "slack": 5, "room": 5, **evicting.SWINGING}
+
+    def go(cache, at):
+        return torch.cat([plain(new[:, i : i + 1], past_key_values=cache).logits for i in at], 1)
+
+    def run(decode):
+        with pyramidkv.compress(plain, decode=decode, **options) as session:
+            first = plain(ids).past_key_values
+            out = [go(first, range(23))]
+            other = first.fork()
+            first.save(tmp_path / decode)
+            out.append(go(first, range(23, 40)))
+            first.crop(-1)
+            out.append(go(other, range(40, 60)))
+            out.append(go(first, range(39, 50)))
+            loaded = pyramidkv.PyramidKVCache.load(tmp_path / decode, plain.config)
+            out.append(go(loaded, range(23, 40)))
+            kept = [layer.storage.positions for cache in (first, other, loaded) for layer in cache.layers]
+        return torch.cat(out, 1), kept, session._graph
+
+    logits, kept, graph = run("auto")
+    expected, others, _ = run("eager")
+    torch.testing.assert_close(logits[:, 23:40], logits[:, -17:], rtol=1e-4, atol=1e-5)  # as what was written
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert all(map(torch.equal, kept, others))
+    assert graph.evictions.captures >= 2
+
+
 @pytest.mark.parametrize("options", [{"method": "auto"}, ONE_IN_8, {"method": "knorm", "bits": 8}], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_bound_of_packed_caches_is_kept_in_the_same_pages(padded, options):
