@@ -20,9 +20,11 @@ from kernel_testing import (
     same,
     spoil_unused,
 )
-from pyramidkv.ops.packed_attention import by_pages, naive, packed_attention
+from pyramidkv.ops import strips
+from pyramidkv.ops.packed_attention import naive, packed_attention
 from pyramidkv.ops.pages import Pages
-from pyramidkv.ops.quantize import room_for, value_group
+from pyramidkv.ops.quantize import Codes, quantize_keys, quantize_values, room_for, value_group
+from pyramidkv.ops.strips import Strips
 
 
 class Case(NamedTuple):
@@ -123,21 +125,92 @@ def test_packed_attention_is_its_definition(case, fresh):
     assert distance(got, by_hand(case, inputs, known, new or ())) < 1e-3
 
 
-@pytest.mark.parametrize("case", [*CASES, SEVEN], ids=str)
-@pytest.mark.parametrize(("kind", "at_once"), [("number", 1), ("none", 1 << 30), ("started", 1), ("started", 1 << 30)])
-def test_page_by_page_on_a_cpu(case, kind, at_once, monkeypatch):
+ON_A_CPU = [
+    Case(1, 6, 2, 64, 8, 200, 33, True),
+    Case(7, 2, 1, 128, 2, 130, 5),
+    Case(2, 4, 4, 256, 8, 150, 12, True),  # four scales a value
+    Case(3, 6, 3, 60, 4, 130, 7, True),  # 30 bytes a value
+    Case(1, 2, 1, 62, 4, 100, 7),  # 31: no strips
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, SEVEN, *ON_A_CPU], ids=str)
+@pytest.mark.parametrize("kind", ["number", "none", "started"])
+def test_packed_attention_on_a_cpu(case, kind, monkeypatch):
     (query, pages, keys, values, length, start), _ = make(case, kind="none" if kind == "none" else "number")
+    assert isinstance(pages.keys, Strips) == (case.bits < 16 and case.size != 62)
     if kind == "started":
         start = torch.arange(case.batch * case.kv_heads, dtype=torch.int32).view(case.batch, -1) * 5 % length
         start[-1, -1] = length
         unused = torch.arange(case.capacity) < start[..., None]
         keys, values = (t.masked_fill(unused[..., None], float("nan")) for t in (keys, values))
     expected = naive.packed_attention(query, pages, keys, values, length, start, 0.2)
-    monkeypatch.setattr(by_pages, "AT_ONCE", at_once)
     monkeypatch.setattr(naive, "packed_attention", None)  # that it is not asked again
     got = packed_attention(query, pages, keys, values, length, start, 0.2)
     assert got.dtype == query.dtype and got.shape == query.shape
     assert distance(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], SEVEN], ids=str)
+def test_packed_attention_on_a_cpu_whose_torch_has_no_embedding_bags(case, monkeypatch):
+    (_, rows, *_), _ = make(case)
+    monkeypatch.setattr(strips, "_BAGS", dict.fromkeys(strips._BAGS))
+    (query, pages, keys, values, length, start), _ = make(case, kind="number")
+    assert "has no quantized embedding bags" in strips.why_no_bags()
+    assert isinstance(pages.keys, Codes) and isinstance(rows.keys, Strips)
+    assert same(rows.plain().tensors().values(), pages.tensors().values())  # so are they in files
+    assert same(rows.plain().for_device().tensors().values(), pages.tensors().values())
+    assert pages.for_device() is pages
+    got = packed_attention(query, pages, keys, values, length, start, 0.2)
+    assert distance(got, naive.packed_attention(query, rows, keys, values, length, start, 0.2)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [64, 80, 128])
+@pytest.mark.parametrize("new", [0, 9])
+def test_rows_of_a_padded_batch_have_empty_pages_on_a_cpu(size, new):
+    key, value = (random(3, 2, 200, size, seed=seed) for seed in (1, 2))
+    limits = torch.tensor([200, 70, 0], dtype=torch.int32)[:, None].expand(3, 2)
+    index = torch.arange(200).expand(3, 2, 200).masked_fill(torch.arange(200) < 200 - limits[..., None], -1)
+    pages = Pages.gather(key, value, index, limits, 0, 4)
+    assert pages.even and pages.count.unique().tolist() == [4]
+    query, newest = random(3, 4, 1, size, seed=3), random(3, 2, 9, size, seed=4)
+    inputs = query, pages, newest, newest, new, None, 0.2
+    got = packed_attention(*inputs)
+    assert distance(got, naive.packed_attention(*inputs)) < 1e-5
+    assert new or not got[2].any()
+
+
+def test_packed_attention_of_half_precision_on_a_cpu():
+    (query, pages, keys, values, length, _), _ = make(CASES[3], torch.bfloat16, "none")
+    got = packed_attention(query, pages, keys, values, length, None, 0.2)
+    expected = naive.packed_attention(query.float(), pages, keys, values, length, None, 0.2)
+    assert got.dtype == torch.bfloat16 and distance(got, expected.bfloat16()) < 1e-3
+    assert distance(got, expected) < ERROR[torch.bfloat16]
+
+
+def test_a_gradient_goes_through_pages_on_a_cpu():
+    (query, pages, keys, values, length, _), _ = make(CASES[0], kind="none")
+    query.requires_grad_()
+    newest = keys[:, :, :length].nan_to_num(), values[:, :, :length].nan_to_num()
+    packed_attention(query, pages, *newest, length, None, 0.2).sum().backward()
+    assert query.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("sizes", [(64, 64), (80, 128), (112, 256), (5, 40)], ids=str)
+def test_strips_are_the_same_codes(bits, sizes):
+    key, value = (random(2, 3, 200, size, seed=size) * 3 + 1 for size in sizes)
+    codes = quantize_keys(key[:, :, :64], bits), quantize_values(value[:, :, :64], bits)
+    room = Strips.room(2, 4, sizes, bits)
+    for mine, held in zip(codes, room, strict=True):
+        held.codes.fill_(7)
+        held.put(mine)
+        back = held.each(lambda t: t[:, :3]).plain()
+        assert same(back.tensors().values(), mine.tensors().values())
+        assert all(t.is_contiguous() for t in back.tensors().values())
+        assert (held.codes[:, 3] == 7).all() and held.bits == bits
+        assert held.codes[:, :3].nbytes == sum(t.nbytes for t in mine.tensors().values())
+    assert tuple(s.channels for s in room) == sizes
 
 
 @pytest.mark.parametrize("limits", [[[190, 40], [64, 0]], [[0, 0], [0, 0]]], ids=str)
@@ -149,8 +222,8 @@ def test_pages_that_no_head_has_are_not_read_on_a_cpu(limits):
 
     def found(shape, rows):
         made = shape._replace(pages=9).room(rows)
-        for tensor in (made.keys.scale, made.values.scale, made.keys.zero, made.values.zero):
-            tensor.fill_(float("nan"))
+        for codes in (made.keys.codes, made.values.codes):
+            codes.fill_(255)  # scales and zero points are NaN
         return made
 
     query, newest = random(2, 4, 1, 32, seed=3), random(2, 2, 5, 32, seed=4)

@@ -69,6 +69,7 @@ def test_unpacking_is_its_definition(case):
     pages, used = packed(*case)
     targets, whole = targets_of(pages, sizes, torch.float32)
     naive.unpack(pages.keys, pages.values, pages.layout, targets)
+    plain = pages.keys.plain(), pages.values.plain()
     assert all(t[:, :, 64 * pages.most :].isnan().all() for t in whole)
     for b, h in itertools.product(range(rows), range(2)):
         tokens = int(used[b, h])
@@ -77,7 +78,7 @@ def test_unpacking_is_its_definition(case):
             assert not target[b, h, : target.shape[2] - tokens].any()
         for back in {0, 1, tokens // 2, 64, tokens - 1} & set(range(tokens)):  # from the newest backwards
             where = b, last - back // 64, 63 - back % 64
-            for codes, target, keys in ((pages.keys, targets[0], True), (pages.values, targets[1], False)):
+            for codes, target, keys in ((plain[0], targets[0], True), (plain[1], targets[1], False)):
                 expected = torch.tensor(by_hand(codes, *where, target.shape[-1], keys), dtype=torch.float32)
                 assert torch.equal(target[b, h, -1 - back], expected)
 
@@ -90,7 +91,7 @@ def same_slots(dtype, bits, sizes, ragged, rows, device="cpu", **more):
     expected, _ = targets_of(pages, sizes, dtype)
     naive.unpack(pages.keys, pages.values, pages.layout, expected)
     got, whole = targets_of(pages, sizes, dtype)
-    triton.unpack(pages.keys, pages.values, pages.layout, got)
+    triton.unpack(pages.keys.plain(), pages.values.plain(), pages.layout, got)
     return all(t[:, :, 64 * pages.most :].isnan().all() for t in whole) and all(map(torch.equal, got, expected))
 
 

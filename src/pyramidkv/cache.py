@@ -103,14 +103,8 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Store the new keys and values of a layer and return those to attend to; see `PyramidKVLayer.update`."""
-        chosen = getattr(self._model_config, "_attn_implementation", None)
-        if chosen != ATTENTION_NAME:
-            raise UnsupportedError(
-                f"attn_implementation={chosen!r}: a PyramidKVCache is read by {ATTENTION_NAME!r} alone; call "
-                f"model.set_attn_implementation({ATTENTION_NAME!r}) first and give the cache model.config itself, or "
-                "use pyramidkv.compress(model, ...)"
-            )
         if layer_idx == 0:
+            self._check_attention()
             self.recover()
         elif self._skipped(layer_idx - 1, layer_idx):
             raise UnsupportedError(
@@ -119,6 +113,15 @@ class PyramidKVCache(Cache):  # type: ignore[misc]
                 "use pyramidkv.compress(model, ...)"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_attention(self) -> None:
+        chosen = getattr(self._model_config, "_attn_implementation", None)
+        if chosen != ATTENTION_NAME:
+            raise UnsupportedError(
+                f"attn_implementation={chosen!r}: a PyramidKVCache is read by {ATTENTION_NAME!r} alone; call "
+                f"model.set_attn_implementation({ATTENTION_NAME!r}) first and give the cache model.config itself, or "
+                "use pyramidkv.compress(model, ...)"
+            )
 
     def _skipped(self, before: int, layer_idx: int) -> bool:
         """Whether layer `before` got this forward's keys and no one attended to them; `layer_idx` is yet to get them.

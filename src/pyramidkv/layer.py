@@ -266,7 +266,7 @@ class PyramidKVLayer(EvictingLayer, CacheLayerMixin):  # type: ignore[misc]
 
     def _columns(self, new: int, device: torch.device) -> Tensor:
         """Positions of the next `new` columns, (1 or B, 1, new) int32, were all of them real."""
-        columns = torch.arange(self.seen, self.seen + new, dtype=torch.int32, device=device)[None, None]
+        columns = torch.arange(self.seen, self.seen + new, dtype=torch.int32, device=device).view(1, 1, new)
         return columns if self.offset is None else columns + self.offset
 
     def _appends(self, queries: int) -> bool:

@@ -120,8 +120,7 @@ class PackedStorage:
     @property
     def nbytes(self) -> int:
         """Bytes of all storages: codes, scales, zero points, the bitmap, the layout of pages, and the newest slots."""
-        packed = (*self.pages.tensors().values(), self.bitmap)
-        return self.new.nbytes + sum(t.untyped_storage().nbytes() for t in packed)
+        return self.new.nbytes + self.pages.nbytes + self.bitmap.untyped_storage().nbytes()
 
     def view(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The keys and values in use, unpacked: a copy, in `dtype` or that of the newest."""

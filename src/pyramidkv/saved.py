@@ -128,7 +128,7 @@ def _dump_layer(layer: Any) -> tuple[Tensors, Facts]:
     if isinstance(layer.storage, PackedStorage):
         pages = layer.storage.pages
         facts["pages"] = {"bits": pages.bits, "even": pages.even, "least": pages.least}
-        tensors |= {f"pages.{name}": tensor for name, tensor in pages.tensors().items()}
+        tensors |= {f"pages.{name}": tensor for name, tensor in pages.plain().tensors().items()}
         tensors["bitmap"] = layer.storage.bitmap
     new = layer.storage.newest
     used = slice(new.length)
@@ -154,7 +154,7 @@ def _pages(tensors: Tensors, facts: Facts) -> Pages:
         Codes(tensors[f"{kind}.codes"], tensors.get(f"{kind}.scale"), tensors.get(f"{kind}.zero"), facts["bits"])
         for kind in ("pages.keys", "pages.values")
     )
-    return Pages(keys, values, tensors["pages.layout"], facts["even"], least=facts.get("least", 0))
+    return Pages(keys, values, tensors["pages.layout"], facts["even"], least=facts.get("least", 0)).for_device()
 
 
 def _dump_sliding(layer: SlidingLayer) -> tuple[Tensors, Facts]:

@@ -38,6 +38,7 @@ def _examine() -> dict[str, Any]:
     from pyramidkv.methods import methods
     from pyramidkv.models.hub import hub_problem
     from pyramidkv.models.shapes import DEFAULT_MODEL
+    from pyramidkv.ops.strips import why_no_bags
 
     device = environment.default_device()
     packages = environment.packages()
@@ -60,6 +61,7 @@ def _examine() -> dict[str, Any]:
         "devices": environment.devices(),
         "default_device": str(device),
         "attention_kernels": environment.attention_kernels(device),
+        "packed_on_cpu_problem": why_no_bags(),
         "hub_problem": hub_problem(),
         "methods": methods(),
         "default_benchmark": {
@@ -93,6 +95,7 @@ def _show(found: dict[str, Any]) -> None:
     bench = found["default_benchmark"]
     facts = {
         "SDPA runs": f"{kernels} (on {found['default_device']})",
+        "packed, on a CPU": _slowly(found["packed_on_cpu_problem"]),
         "hub": found["hub_problem"] or "answers",
         "shipped model": "there" if bench["model"] else "missing",
         "report": bench["report_problem"] or "can be written",
@@ -111,6 +114,10 @@ def _show(found: dict[str, Any]) -> None:
         out.print("[green]The default benchmark can run here.[/green]")
     for problem in found["problems"]:
         out.print(f"problem: {problem}", style="red", markup=False, soft_wrap=True)
+
+
+def _slowly(problem: str | None) -> str:
+    return "fast" if problem is None else f"slow: {problem}"
 
 
 def _packages(found: dict[str, Any]) -> Table:

@@ -8,17 +8,20 @@ any batch: the empty slots, `start` of them, lie at the front of a head's first 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyramidkv.ops import strips
 from pyramidkv.ops.append import append
 from pyramidkv.ops.packing import pack
+from pyramidkv.ops.places import Places
 from pyramidkv.ops.quantize import PAGE, Codes, room_for
 from pyramidkv.ops.read_back import ReadBack
+from pyramidkv.ops.strips import Strips
 from pyramidkv.ops.unpacking import unpack
 
 
@@ -35,6 +38,9 @@ class PageShape(NamedTuple):
 
     def room(self, rows: int) -> Pages:
         """Pages of so many rows, yet to be written."""
+        if strips.why_not(self.sizes, self.bits, self.device) is None:
+            layout = torch.empty(3, rows, self.heads, dtype=torch.int32)
+            return Pages(*Strips.room(rows, self.pages, self.sizes, self.bits), layout, self.even)
         made = room_for(rows, self.pages, self.heads, self.sizes, self.bits, self.dtype, self.device)
         return Pages(*made, self.even)
 
@@ -43,8 +49,8 @@ class PageShape(NamedTuple):
 class Pages:
     """Keys and values of (B, H) heads in pages; see the head of this file."""
 
-    keys: Codes  # of (B, pages, 64, D)
-    values: Codes  # of (B, pages, 64, Dv)
+    keys: Codes | Strips  # of (B, pages, 64, D)
+    values: Codes | Strips  # of (B, pages, 64, Dv)
     layout: Tensor  # (3, B, H) int32: `first`, `count` and `start`
     even: bool  # all heads have the same number of pages, and those of a row the same slots in use
     asked: ReadBack | None = None  # `count` on its way to the host
@@ -91,6 +97,16 @@ class Pages:
         asked = ReadBack(into.count) if ask and not even else None
         return cls(into.keys, into.values, into.layout, even, asked)  # what lay there knew other numbers
 
+    def for_device(self) -> Pages:
+        """The same in the order of bytes that is read fastest on their device; the other way from `plain`."""
+        shape = self.shape
+        if strips.why_not(shape.sizes, shape.bits, shape.device) is not None:
+            return self
+        made = shape.room(self.layout.shape[1])
+        made.keys.put(self.keys.plain())
+        made.values.put(self.values.plain())
+        return replace(self, keys=made.keys, values=made.values)
+
     def written_over(self) -> Pages:
         """What lies in the same place now: other tokens, of which each head has other numbers.
 
@@ -102,8 +118,7 @@ class Pages:
     @property
     def shape(self) -> PageShape:
         """All of it but the rows."""
-        codes, value = self.keys.codes, self.values.codes.shape
-        sizes = codes.shape[3], value[3] if self.bits == 16 else value[2]
+        codes, sizes = self.keys.codes, (self.keys.channels, self.values.channels)
         return PageShape(self.layout.shape[2], codes.shape[1], self.even, self.bits, sizes, codes.dtype, codes.device)
 
     def serves(self, shape: PageShape, rows: int) -> bool:
@@ -153,21 +168,11 @@ class Pages:
         return int((self.count if self.asked is None else self.asked.get()).max())
 
     @cached_property
-    def places(self) -> list[tuple[Tensor, Tensor]]:
-        """Of each row, for its pages in order: whose they are, and where each lies among the `slots` of all heads.
+    def places(self) -> Places:
+        """Where the pages of all rows lie among the `slots` of all heads."""
+        return Places.of(self.layout, self.row_pages, self.slots)
 
-        Both are (N,) int64: the index of the head among those of all rows, and that of the place of 64 slots among the
-        places of all of them, of which a head's pages take the last.
-        """
-        head = torch.arange(self.count.numel(), device=self.count.device)
-        found = []
-        for mine, count in zip(head.view_as(self.count), self.count.long(), strict=True):
-            owner = mine.repeat_interleave(count)
-            behind = count.cumsum(0).repeat_interleave(count) - torch.arange(len(owner), device=owner.device)
-            found.append((owner, (owner + 1) * (self.slots // PAGE) - behind))
-        return found
-
-    @property
+    @cached_property
     def slots(self) -> int:
         """Slots that each head has when unpacked: those of `most` pages or, where heads differ, of a few more.
 
@@ -202,8 +207,17 @@ class Pages:
         layout = self.layout.index_select(1, index.to(self.layout.device))
         return Pages(self.keys.rows(index), self.values.rows(index), layout, self.even, least=self.least)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages."""
+        return sum(t.untyped_storage().nbytes() for t in self.tensors().values())
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, by name."""
         codes = {"keys": self.keys, "values": self.values}
         named = {f"{kind}.{name}": t for kind, c in codes.items() for name, t in c.tensors().items()}
         return named | {"layout": self.layout}
+
+    def plain(self) -> Pages:
+        """The same in the order of bytes that all devices know; on a CPU a copy, where there are strips."""
+        return replace(self, keys=self.keys.plain(), values=self.values.plain())

@@ -44,6 +44,22 @@ class Codes:
         """The rows `index` (N,) of the batch."""
         return self.each(lambda t: t.index_select(0, index.to(t.device)))
 
+    @property
+    def channels(self) -> int:
+        """Of a key or a value."""
+        values = self.scale is not None and self.scale.ndim == self.codes.ndim
+        return self.codes.shape[-2 if values else -1]
+
+    def put(self, codes: Codes) -> None:
+        """Write keys or values (B, P, ...) into the first P pages."""
+        for name, tensor in self.tensors().items():
+            source = codes.tensors()[name]
+            tensor[:, : source.shape[1]] = source
+
+    def plain(self) -> Codes:
+        """What it is."""
+        return self
+
 
 # Pages of keys (B, P, ...) and of values (B, P, ...), and (3, B, H) int32: where those of each head lie.
 Paged = tuple[Codes, Codes, Tensor]
@@ -101,7 +117,7 @@ def quantize_keys(key: Tensor, bits: int, valid: Tensor | None = None) -> Codes:
     if bits == 16:
         return Codes(key, None, None, bits)
     codes, scale, zero = _quantize(key, -2, bits, None if valid is None else valid[..., None])
-    return Codes(_pack(codes, bits), scale.squeeze(-2), zero.squeeze(-2), bits)
+    return Codes(pack_codes(codes, bits), scale.squeeze(-2), zero.squeeze(-2), bits)
 
 
 def dequantize_keys(packed: Codes, dtype: torch.dtype) -> Tensor:
@@ -118,14 +134,15 @@ def quantize_values(value: Tensor, bits: int) -> Codes:
         return Codes(value, None, None, bits)
     grouped = value.reshape(*value.shape[:-1], -1, value_group(value.shape[-1]))  # (*, 64, D / group, group)
     codes, scale, zero = _quantize(grouped, -1, bits, None)
-    return Codes(_pack(codes.flatten(-2), bits).mT.contiguous(), scale.squeeze(-1), zero.squeeze(-1), bits)
+    return Codes(pack_codes(codes.flatten(-2), bits).mT.contiguous(), scale.squeeze(-1), zero.squeeze(-1), bits)
 
 
 def dequantize_values(packed: Codes, dtype: torch.dtype) -> Tensor:
     """(*, 64, D) values, computed in float32."""
     if packed.scale is None or packed.zero is None:
         return packed.codes.to(dtype)
-    codes = unpack_codes(packed.codes.mT, packed.bits).reshape(*packed.scale.shape, -1).float()
+    group = packed.codes.shape[-2] // packed.scale.shape[-1]
+    codes = unpack_codes(packed.codes.mT, packed.bits).reshape(*packed.scale.shape, group).float()
     return codes.mul_(packed.scale.unsqueeze(-1)).add_(packed.zero.unsqueeze(-1)).to(dtype).flatten(-2)
 
 
@@ -146,7 +163,7 @@ def _quantize(x: Tensor, dim: int, bits: int, valid: Tensor | None) -> tuple[Ten
     return codes.to(torch.uint8), scale, zero
 
 
-def _pack(codes: Tensor, bits: int) -> Tensor:
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """(*, 64, D) codes, each in a byte, as (*, 64 * bits / 8, D)."""
     first, *others = codes.chunk(8 // bits, dim=-2)
     packed = first if others else first.clone()

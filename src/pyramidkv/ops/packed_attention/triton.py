@@ -520,7 +520,7 @@ def packed_attention(
 
 def _arguments(pages: Pages) -> tuple[Tensor, ...]:
     """The tensors of pages as the kernel takes them; where numbers are stored as they are, they stand for scales."""
-    keys, values = pages.keys, pages.values
+    keys, values = pages.keys.plain(), pages.values.plain()
     key_scale, key_zero = (keys.codes if t is None else t for t in (keys.scale, keys.zero))
     value_scale, value_zero = (values.codes if t is None else t for t in (values.scale, values.zero))
     return (

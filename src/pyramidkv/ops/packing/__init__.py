@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pyramidkv.ops import kernels
 from pyramidkv.ops.packing import naive
-from pyramidkv.ops.quantize import Paged, value_group
+from pyramidkv.ops.quantize import Codes, value_group
+from pyramidkv.ops.strips import Strips
 
 __all__ = ["pack"]
 
@@ -22,7 +23,7 @@ def pack(
     pages: int,
     bits: int,
     even: bool,
-    into: Paged,
+    into: tuple[Codes | Strips, Codes | Strips, Tensor],
 ) -> None:
     """Write pages of codes of the slots `index` of keys and values, and where they lie, into pages that are there.
 
@@ -31,14 +32,15 @@ def pack(
     """
     whole_words = all(value_group(t.shape[-1]) % 4 == 0 for t in (key, value))
     readable = key.dtype == value.dtype and key.dtype in kernels.READ
+    keys, values, layout = into
     if whole_words and readable and pages and index.numel() and kernels.why_no_triton(key.device) is None:
         from pyramidkv.ops.packing import triton
 
+        assert isinstance(keys, Codes) and isinstance(values, Codes)
         with kernels.on(key.device):
-            triton.pack(key, value, index, limits, recent, pages, bits, even, into)
+            triton.pack(key, value, index, limits, recent, pages, bits, even, (keys, values, layout))
         return
     made = naive.pack(key, value, index, limits, recent, pages, bits, even)
-    for target, source in zip(into[:2], made[:2], strict=True):
-        for name, tensor in target.tensors().items():
-            tensor[:, :pages] = source.tensors()[name]
-    into[2].copy_(made[2])
+    keys.put(made[0])
+    values.put(made[1])
+    layout.copy_(made[2])

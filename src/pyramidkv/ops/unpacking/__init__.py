@@ -6,12 +6,13 @@ from torch import Tensor
 
 from pyramidkv.ops import kernels
 from pyramidkv.ops.quantize import Codes
+from pyramidkv.ops.strips import Strips
 from pyramidkv.ops.unpacking import naive
 
 __all__ = ["unpack"]
 
 
-def unpack(keys: Codes, values: Codes, layout: Tensor, targets: tuple[Tensor, Tensor]) -> None:
+def unpack(keys: Codes | Strips, values: Codes | Strips, layout: Tensor, targets: tuple[Tensor, Tensor]) -> None:
     """Write the numbers in pages into slots.
 
     The definition and the arguments are those of `naive.unpack`; the kernel's result is the same to the last bit.
@@ -21,6 +22,6 @@ def unpack(keys: Codes, values: Codes, layout: Tensor, targets: tuple[Tensor, Te
         from pyramidkv.ops.unpacking import triton
 
         with kernels.on(layout.device):
-            triton.unpack(keys, values, layout, targets)
+            triton.unpack(keys.plain(), values.plain(), layout, targets)
         return
     naive.unpack(keys, values, layout, targets)

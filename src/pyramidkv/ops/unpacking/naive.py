@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from pyramidkv.ops.quantize import PAGE, Codes, dequantize_keys, dequantize_values
+from pyramidkv.ops.strips import Strips
 
 
-def unpack(keys: Codes, values: Codes, layout: Tensor, targets: tuple[Tensor, Tensor]) -> None:
+def unpack(keys: Codes | Strips, values: Codes | Strips, layout: Tensor, targets: tuple[Tensor, Tensor]) -> None:
     """Write the numbers in pages into slots: code * scale + zero point in float32, rounded to the dtype of the targets.
 
     Args:
@@ -26,5 +27,5 @@ def unpack(keys: Codes, values: Codes, layout: Tensor, targets: tuple[Tensor, Te
     empty = (slot < (most - count) * PAGE + start).nonzero(as_tuple=True)  # few: a mask of all would cost more
     for codes, dequantize, target in ((keys, dequantize_keys, targets[0]), (values, dequantize_values, targets[1])):
         mine = codes.each(lambda t: t.flatten(0, 1).index_select(0, page.flatten()))  # codes are moved, not numbers
-        target.copy_(dequantize(mine, target.dtype).reshape(target.shape))
+        target.copy_(dequantize(mine.plain(), target.dtype).reshape(target.shape))
         target[empty] = 0
