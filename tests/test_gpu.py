@@ -138,8 +138,7 @@ def test_evictions_between_captured_steps_keep_what_the_eager_path_keeps(method,
                 found.append(plain.generate(prompt, attention_mask=mask, **arguments))
                 kept = [x.storage.positions[:, 0, : x.storage.length] for x in session.cache.layers]
                 found.append(torch.cat(kept, dim=1))
-    layers = len(session.cache.layers)
-    assert (session._graph.captures, session._graph.evictions.captures) == (1, layers)
+    assert (session._graph.captures, session._graph.evictions.captures) == (1, len(kept))  # a graph a layer
     assert all(torch.equal(a, b) for a, b in zip(found[:4], found[4:], strict=True))
 
 
@@ -157,7 +156,7 @@ def test_evictions_of_packed_caches_between_captured_steps(options):
             for prompt in (ids, ids.flip(1)):
                 found.append(plain.generate(prompt, attention_mask=mask, **arguments))
     assert session._graph.captures == 1  # pages and buffers stay where they are
-    assert session._graph.evictions.captures >= len(session.cache.layers)
+    assert session._graph.evictions.captures >= plain.config.num_hidden_layers
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
 
 

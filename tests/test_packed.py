@@ -159,6 +159,22 @@ def test_unequal_heads_show_few_numbers_of_slots():
     assert len(seen) == 16 + 6 * 8 + 1  # up to 15 each, then 8 a doubling
 
 
+def test_spare_slots_come_once_and_again_when_they_are_used_up():
+    def pages(most, least=0):
+        layout = torch.tensor([[0, most], [most, 2], [5, 0]], dtype=torch.int32)[:, None]
+        return Pages(None, None, layout, even=False, least=least)
+
+    few = pages(17)  # from 16 to 32 numbers of pages are even ones
+    spare = few.with_spare()
+    assert (few.slots, spare.slots) == (18 * 64, 22 * 64)
+    assert spare.with_spare() is spare and spare.written_over().slots == spare.slots
+    assert spare.valid(3).sum(-1).tolist() == few.valid(3).sum(-1).tolist() == [[17 * 64 - 5 + 3, 2 * 64 + 3]]
+    for most, slots in ((19, 22), (22, 22), (23, 28), (33, 44)):
+        assert pages(most, spare.slots).with_spare().slots == slots * 64
+    even = Pages(None, None, torch.zeros(3, 1, 2, dtype=torch.int32), even=True)
+    assert even.with_spare() is even
+
+
 def test_more_slots_than_pages_is_an_error():
     key, value, positions = slots_of(1, 1, 150, 32)
     with pytest.raises(ValueError, match="pages=2: the heads of a row need 3"):

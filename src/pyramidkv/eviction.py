@@ -239,7 +239,7 @@ class EvictingLayer:
         self._asked_anew()
 
     def stays(self, held: list[int]) -> bool:
-        """Whether what an eviction while decoding leaves has room where the layer lies; makes room for positions."""
+        """Whether what an eviction while decoding leaves has room where the layer lies; widens that if need be."""
         storage = self.storage
         if not isinstance(storage, PackedStorage):
             return not self.plan.config.packs(self.rank)  # there was nothing to pack yet

@@ -139,7 +139,12 @@ class PackedStorage:
         return old if new is None else joined(old, new)
 
     def widen(self, tokens: int) -> None:
-        """Have a bit for each of so many tokens in the bitmap, if need be for twice as many as it has."""
+        """Have slots and bits for evictions to come, so that these can do the same again and again.
+
+        When unpacked, slots for a few more pages of a head; and in the bitmap a bit for each of so many tokens, if need
+        be for twice as many as it has.
+        """
+        self.pages = self.pages.with_spare()
         missing = -(-tokens // 8) - self.bitmap.shape[2]
         if missing <= 0:
             return

@@ -24,6 +24,8 @@ from pyramidkv.ops.read_back import ReadBack
 from pyramidkv.ops.strips import Strips
 from pyramidkv.ops.unpacking import unpack
 
+SPARE = 2  # steps, of which there are 8 in a doubling
+
 
 class PageShape(NamedTuple):
     """What the pages of a layer are, however many rows there are."""
@@ -54,7 +56,7 @@ class Pages:
     layout: Tensor  # (3, B, H) int32: `first`, `count` and `start`
     even: bool  # all heads have the same number of pages, and those of a row the same slots in use
     asked: ReadBack | None = None  # `count` on its way to the host
-    least: int = 0  # slots of each head when unpacked, at least: those that were written over had so many
+    least: int = 0  # slots of each head when unpacked, at least; 0: as many as there are
 
     @classmethod
     def gather(
@@ -114,6 +116,15 @@ class Pages:
         """
         asked = None if self.even else ReadBack(self.count)
         return Pages(self.keys, self.values, self.layout, self.even, asked, self.slots)
+
+    def with_spare(self) -> Pages:
+        """The same, with slots for a few more pages than heads have if there were too few until now.
+
+        Heads that keep unequal numbers exchange pages from one eviction to the next, and one may come to have more.
+        """
+        if self.even or self.slots <= self.least:
+            return self
+        return replace(self, least=self.slots + SPARE * self._step * PAGE)
 
     @property
     def shape(self) -> PageShape:
@@ -182,8 +193,12 @@ class Pages:
         """
         if self.even:
             return self.most * PAGE
-        step = max((1 << self.most.bit_length()) // 16, 1)
-        return max(-(-self.most // step) * step * PAGE, self.least)
+        return max(-(-self.most // self._step) * self._step * PAGE, self.least)
+
+    @property
+    def _step(self) -> int:
+        """Pages: numbers of slots are multiples of so many."""
+        return max((1 << self.most.bit_length()) // 16, 1)
 
     def valid(self, more: int = 0) -> Tensor:
         """(B, H, slots + more) bool, False for empty slots; `more` others behind them are all in use."""
