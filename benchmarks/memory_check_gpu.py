@@ -28,13 +28,15 @@ from pyramidkv.ops import attention, kernels
 from pyramidkv.ops.append import append
 from pyramidkv.ops.linear import linear
 from pyramidkv.ops.merge import merge
+from pyramidkv.ops.packed_attention import packed_attention
+from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.window_scores import window_scores
 
 WAYS: tuple[dict[str, Any], ...] = (
     {"method": "pyramidkv", "window": 13, "keep": 0.3},
     {"method": "rms", "keep": 0.3, "slack": 3, "room": 3},
     {"method": "echo", "heads": "adaptive", "bits": 8, "keep": 0.6},
-    {"method": "auto", "share": 0.3},
+    {"method": "auto", "share": 0.3, "slack": 3, "room": 3},
     {"method": "snapkv", "bits": 2, "keep": 0.6, "recent": 16, "window": 16},
 )
 MODELS = (  # kind, heads, KV heads, head size, dtype, whether the batch is padded
@@ -42,7 +44,7 @@ MODELS = (  # kind, heads, KV heads, head size, dtype, whether the batch is padd
     ("llama", 6, 2, 32, torch.bfloat16, (True,)),
     ("llama", 4, 1, 128, torch.float16, (False,)),
 )
-
+WIDE = ((4, 1, 256), (9, 1, 112), (28, 4, 128))  # heads, KV heads, head size: of which tiles are larger
 
 BEGAN = time.perf_counter()
 
@@ -51,7 +53,9 @@ def say(text: str) -> None:
     print(f"[{time.perf_counter() - BEGAN:6.1f} s] {text}", flush=True)
 
 
-def record(work: Callable[[], None], _: torch.device, warm_ups: int = graph.WARM_UPS) -> Callable[[], None]:
+def record(
+    work: Callable[[], object], _: torch.device, warm_ups: int = graph.WARM_UPS, pool: Any = None
+) -> Callable[[], None]:
     """What stands in for a captured graph: the work itself, with the buffers that it was given."""
     places = dict(graph.PLACES)
     for _ in range(warm_ups):
@@ -104,6 +108,12 @@ def ops() -> None:
                 merge([(new, lse)] * parts, torch.empty_like(new))
         query, key = (torch.randn(3, n, 2501, 80, device="cuda", dtype=dtype) for n in (4, 2))
         window_scores(query[:, :, -13:], key, 0.1)
+        for heads, kv_heads, size in WIDE:
+            key = torch.randn(3, kv_heads, 230, size, device="cuda", dtype=dtype)
+            query, index = key[:, :, :1].repeat(1, heads // kv_heads, 1, 1), torch.arange(200, device="cuda")
+            for bits in (16, 8, 4, 2):
+                pages = Pages.gather(key, key, index.expand(3, kv_heads, 200), [203] * 3, 3, bits)
+                packed_attention(query, pages, key[:, :, :30].clone(), key[:, :, :30].clone(), 17, None, 0.1)
 
 
 def not_launched() -> list[str]:
@@ -140,13 +150,13 @@ def main() -> None:
                 with pyramidkv.compress(model, decode="graph", **way) as session:
                     real = mask if padded else torch.ones_like(mask)
                     options: dict[str, Any] = {"attention_mask": real, "do_sample": False, "pad_token_id": 0}
-                    model.generate(ids, max_new_tokens=7, **options)
+                    model.generate(ids, max_new_tokens=13, **options)
                     cache = session.prefill(ids, chunk=120, attention_mask=real)
                     model.generate(ids, past_key_values=cache, max_new_tokens=2, **options)
                 runs += 1
         torch.cuda.synchronize()
         say(f"{kind}, {heads} heads of {width}, {kv_heads} KV heads, {dtype}: done")
-    say(f"{runs} runs, {runs * 9} tokens of three rows")
+    say(f"{runs} runs, {runs * 15} tokens of three rows")
     if missing := not_launched():
         raise SystemExit(f"never launched: {', '.join(missing)}")
 
