@@ -266,7 +266,7 @@ class PyramidKVLayer(EvictingLayer, CacheLayerMixin):  # type: ignore[misc]
 
     def _columns(self, new: int, device: torch.device) -> Tensor:
         """Positions of the next `new` columns, (1 or B, 1, new) int32, were all of them real."""
-        columns = torch.arange(self.seen, self.seen + new, dtype=torch.int32, device=device).view(1, 1, new)
+        columns = torch.arange(self.seen, self.seen + new, dtype=torch.int32, device=device)[None, None]
         return columns if self.offset is None else columns + self.offset
 
     def _appends(self, queries: int) -> bool:
@@ -282,12 +282,11 @@ class PyramidKVLayer(EvictingLayer, CacheLayerMixin):  # type: ignore[misc]
         assert storage is not None
         new = storage.newest
         as_it_lies = query.shape[2] == 1 and new.dtype == query.dtype and dropout == 0 and not new.holes
-        kernels = as_it_lies and why_naive(query) is None
         if isinstance(storage, PackedStorage):
-            if kernels or (as_it_lies and query.device.type == "cpu"):
+            if as_it_lies and (query.device.type == "cpu" or why_naive(query) is None):
                 return packed_attention(query, storage.pages, new.keys, new.values, new.length, new.start, scaling)
             key, value = storage.view(query.dtype)
-        elif kernels and new.padded:
+        elif as_it_lies and new.padded and why_naive(query) is None:
             return decode_attention(query, new.keys, new.values, new.length, new.start, scaling)
         return attention(query, key, value, scaling, storage.valid(), dropout, holes=new.holes)
 

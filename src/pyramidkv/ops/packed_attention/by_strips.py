@@ -34,12 +34,12 @@ def packed_attention(
     logits = grouped.new_full(((heads + places.spare) * groups * width, PAGE), float("-inf"))
     logits.index_copy_(0, among, older.view(-1, PAGE)).view(-1).index_fill_(0, empty, float("-inf"))
     logits = logits.view(-1, groups, width * PAGE)
-    newest = logits[:heads].narrow(2, most * PAGE, length)
-    newest.baddbmm_(grouped, new_keys.mT, beta=0)
+    newest = torch.bmm(grouped, new_keys.mT)
     if start is not None:
         unused = ~naive.in_use(keys[:, :, :length], length, start).flatten(0, 1)
         newest.masked_fill_(unused[:, None], float("-inf"))
         new_values = new_values.masked_fill(unused[..., None], 0.0)  # they may be NaN
+    logits[:heads].narrow(2, most * PAGE, length).copy_(newest)
     weights = logits.softmax(-1)
     if start is not None:  # else a head without a token has nothing to weigh
         weights.masked_fill_(logits.amax(-1, keepdim=True).isneginf(), 0.0)
