@@ -145,7 +145,7 @@ class Strips:
         return torch.cat([self.codes[..., :-TAIL], self._tail().float().view(torch.uint8)], -1).flatten(0, -2)
 
 
-@lru_cache
+@lru_cache(maxsize=4)
 def _bags(pages: int, groups: int, count: int, bag: int) -> tuple[Tensor, Tensor]:
     """Which strips are summed, and where each sum begins: `groups` times the `count` of a page, `bag` at a time."""
     index, offsets = _more_bags(1 << max(pages - 1, 0).bit_length(), groups, count, bag)
@@ -153,7 +153,7 @@ def _bags(pages: int, groups: int, count: int, bag: int) -> tuple[Tensor, Tensor
     return index[:strips], offsets[: strips // bag + 1]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _more_bags(pages: int, groups: int, count: int, bag: int) -> tuple[Tensor, Tensor]:
     """Those of fewer pages are the first of these: one serves the layers of a model."""
     index = torch.arange(pages * count, dtype=torch.int32).view(pages, 1, count).expand(-1, groups, -1).flatten()
