@@ -11,6 +11,7 @@ import torch
 import pyramidkv
 from families import model, padded_batch
 from pyramidkv import PyramidKVError
+from pyramidkv.ops import strips
 
 METHODS = [name for name in pyramidkv.methods() if name != "full"]
 LLAMA, NEOX, GEMMA = "llama-4-2-32", "gpt_neox-2-2-32", "gemma3-4-2-32"
@@ -60,6 +61,8 @@ def soak(rounds, *, warm_up, check_every):
         return tokens
 
     def sizes():
+        for few in (strips._bags, strips._more_bags):  # kept on purpose, four at most, but now more and now fewer
+            few.cache_clear()
         gc.collect()
         tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
         return psutil.Process().memory_info().rss, tensors
