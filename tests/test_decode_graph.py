@@ -14,6 +14,7 @@ import pyramidkv
 from families import NAMES, model, padded_batch
 from pyramidkv.decode import graph as graphs
 from pyramidkv.decode import products
+from pyramidkv.decode.evictions import Evictions
 from pyramidkv.layer import PyramidKVLayer
 from pyramidkv.pool import Pool
 from pyramidkv.storage import Storage
@@ -336,6 +337,27 @@ def test_a_bound_is_kept_in_the_same_buffers(padded, method):
         assert session._graph.captures == 2
         assert other.report() == usage
         assert session.report() == usage
+
+
+def test_layers_that_evict_out_of_step_are_replayed_too(monkeypatch):
+    """Rows of unequal length reach the budgets of a pyramid's layers at different tokens."""
+    plain = model("gpt_neox-2-2-80")
+    ids, mask, _ = padded_batch((200, 170, 20))
+    options = {"method": "pyramidkv", "budget": 40, "window": 8, "slack": 18, "room": 18}
+    found, together, run = [], set(), Evictions.run
+    monkeypatch.setattr(Evictions, "run", lambda self, due: together.add(len(due)) or run(self, due))
+    for decode in ("eager", "graph"):
+        with pyramidkv.compress(plain, decode=decode, **options) as session:
+            for prompt in (ids, ids.flip(1)):  # the second finds the graphs of the first
+                found.append(
+                    plain.generate(
+                        prompt, attention_mask=mask, **{**ARGUMENTS, "max_new_tokens": 160, "min_new_tokens": 160}
+                    )
+                )
+            layers = len(session.cache.layers)
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    assert max(together) < layers or len(together) > 1
+    assert session._graph.evictions.captures == layers
 
 
 ONE_IN_8 = {"method": "rms", "bits": 4, "layers": "1:8,1,1"}
