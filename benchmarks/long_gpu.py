@@ -129,14 +129,14 @@ def read(model: Any, way: Way, tokens: int, new: int, *, warm: bool, repeats: in
             else:
                 firsts.append(clock.ticks[0] - start)
                 steps += clock.steps()[min(SETTLED, new // 2) :]
-        peak = speed.peak_bytes(model.device)
+        peak = peak_gb(model.device)
         if session is not None:
             usage = session.report()
             row |= {"held_most": max(layer.kept_tokens for layer in usage.layers), "kv_gb": usage.kv_bytes / 1e9}
     return row | {
         "ttft_ms": spread(firsts),
         "tpot_ms": spread(steps),
-        "peak_gb": None if peak is None else round(peak / 1e9, 3),
+        "peak_gb": peak,
     }
 
 
@@ -171,7 +171,7 @@ def write(model: Any, options: dict[str, Any], slack: int | None, *, prompt: int
                 stopping_criteria=StoppingCriteriaList([clock]), **arguments,
             )  # fmt: skip
         held = max(layer.kept_tokens for layer in session.report().layers)
-        peak, graph = speed.peak_bytes(model.device), session._graph
+        peak, graph = peak_gb(model.device), session._graph
         evictions = None if graph is None else graph.evictions
     steps, evicted = clock.steps()[SETTLED:], clock.evicted[1 + SETTLED :]
     touched = [e or before for e, before in zip(evicted, [False, *evicted], strict=False)]
@@ -190,8 +190,14 @@ def write(model: Any, options: dict[str, Any], slack: int | None, *, prompt: int
         "eviction_ms": round(1e3 * excess / max(sum(evicted), 1), 3),
         "evictions_percent": round(100 * excess / (usual * len(steps)), 3),
         "held_most": held,
-        "peak_gb": None if peak is None else round(peak / 1e9, 3),
+        "peak_gb": peak,
     }
+
+
+def peak_gb(device: torch.device) -> float | None:
+    """Most memory since the last reset, in GB; None where it can't be told."""
+    peak = speed.peak_bytes(device)
+    return None if peak is None else round(peak / 1e9, 3)
 
 
 def spread(seconds: Sequence[float]) -> dict[str, Any]:
