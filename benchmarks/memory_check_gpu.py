@@ -6,11 +6,16 @@ Small models of random weights generate from padded prompts and from chunks, com
 kernels. Without torch's cache every tensor is an allocation of its own, whose ends the tool knows. A captured graph
 could not allocate, so the step that is captured elsewhere simply runs. It fails if a kernel of ours was never launched.
 
+One of the models alone, with heads of that many channels, in a process that has few minutes:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/memory_check_gpu.py --only 128
+
 It watches our kernels alone: torch's own attention runs by matrix products.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import pkgutil
 import time
@@ -132,6 +137,10 @@ def not_launched() -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = [width for _, _, _, width, _, _ in MODELS]
+    parser.add_argument("--only", type=int, choices=sizes, help="head size; default: all models")
+    only = parser.parse_args().only
     if (why := kernels.why_no_triton(torch.device("cuda"))) is not None:
         raise SystemExit(f"no kernels: {why}")
     graph.record = record
@@ -141,6 +150,8 @@ def main() -> None:
     say("ops: done")
     runs = 0
     for kind, heads, kv_heads, width, dtype, paddings in MODELS:
+        if only not in (None, width):
+            continue
         model = tiny(kind, heads, kv_heads, width, dtype)
         ids = torch.randint(3, 100, (3, 331), device="cuda")
         mask = torch.ones_like(ids)
@@ -157,7 +168,7 @@ def main() -> None:
         torch.cuda.synchronize()
         say(f"{kind}, {heads} heads of {width}, {kv_heads} KV heads, {dtype}: done")
     say(f"{runs} runs, {runs * 15} tokens of three rows")
-    if missing := not_launched():
+    if only is None and (missing := not_launched()):
         raise SystemExit(f"never launched: {', '.join(missing)}")
 
 
