@@ -39,8 +39,11 @@ def held_by(layer):
 
 
 @torch.no_grad()
-def after_evictions(plain, prompts, new, options):
-    """What the layers hold after each eviction while the tokens `new` are fed, and what evicted."""
+def after_evictions(plain, prompts, new, options, between=lambda evictions, layers: None):
+    """What the layers hold after each eviction while the tokens `new` are fed, and what evicted.
+
+    `between` is told how many evictions there have been, after each of them.
+    """
     found = []
     with pyramidkv.compress(plain, **options) as session:
         for prompt in prompts:
@@ -49,6 +52,7 @@ def after_evictions(plain, prompts, new, options):
                 plain(new[:, i : i + 1], past_key_values=cache)
                 if i and cache.layers[0].settled == cache.layers[0].seen - 1:
                     found.append([held_by(layer) for layer in copy.deepcopy(cache.layers)])
+                    between(len(found), cache.layers)
             del cache
     return found, session._graph.evictions
 

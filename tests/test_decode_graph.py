@@ -1,6 +1,7 @@
 """The captured decoding step, with the capture itself replaced by running the same step again; see test_gpu.py."""
 
 import copy
+import dataclasses
 import functools
 import gc
 import weakref
@@ -345,7 +346,12 @@ def test_layers_that_evict_out_of_step_are_replayed_too(monkeypatch):
     ids, mask, _ = padded_batch((200, 170, 20))
     options = {"method": "pyramidkv", "budget": 40, "window": 8, "slack": 18, "room": 18}
     found, together, run = [], set(), Evictions.run
-    monkeypatch.setattr(Evictions, "run", lambda self, due: together.add(len(due)) or run(self, due))
+
+    def seen_together(due):
+        together.add(len(due))
+        return due
+
+    monkeypatch.setattr(Evictions, "run", lambda self, due: run(self, seen_together(list(due))))
     for decode in ("eager", "graph"):
         with pyramidkv.compress(plain, decode=decode, **options) as session:
             for prompt in (ids, ids.flip(1)):  # the second finds the graphs of the first
@@ -375,7 +381,7 @@ def test_replays_of_an_eviction_leave_what_launches_do(options, monkeypatch):
     new = padded_batch((36, 36), seed=5)[0]
     options = {"budget": 200, "window": 8, "recent": 8, "slack": 5, "room": 5, **options}
     got, replayed = evicting.after_evictions(plain, (ids, ids.flip(1)), new, options)
-    monkeypatch.setattr("pyramidkv.decode.evictions._work_of", lambda *_: None)
+    monkeypatch.setattr("pyramidkv.decode.evictions._comes_again", lambda *_: False)
     expected, launched = evicting.after_evictions(plain, (ids, ids.flip(1)), new, options)
     assert len(got) == len(expected) == 14
     assert evicting.alike(got, expected)
@@ -384,6 +390,42 @@ def test_replays_of_an_eviction_leave_what_launches_do(options, monkeypatch):
     assert layers <= replayed.captures <= replayed.launched < 5 * layers
     if options["method"] == "swinging":
         assert len({tuple(pages) for _, _, pages in (layers[-1] for layers in got)}) > 1
+
+
+REPLACED = {
+    "keys": lambda layer: setattr(layer.storage.new, "keys", layer.storage.new.keys.clone()),
+    "values": lambda layer: setattr(layer.storage.new, "values", layer.storage.new.values.clone()),
+    "positions": lambda layer: setattr(layer.storage.new, "positions", layer.storage.new.positions.clone()),
+    "queries": lambda layer: setattr(layer.ring, "queries", layer.ring.queries.clone()),
+    "packed keys": lambda layer: replace_pages(layer, keys=layer.storage.pages.keys.each(torch.clone)),
+    "packed values": lambda layer: replace_pages(layer, values=layer.storage.pages.values.each(torch.clone)),
+    "layout": lambda layer: replace_pages(layer, layout=layer.storage.pages.layout.clone()),
+    "bitmap": lambda layer: setattr(layer.storage, "bitmap", layer.storage.bitmap.clone()),
+}
+
+
+def replace_pages(layer, **changed):
+    layer.storage.pages = dataclasses.replace(layer.storage.pages, **changed)
+
+
+def test_a_replaced_buffer_ends_the_replays_over_the_old_one(monkeypatch):
+    """Each buffer in turn goes to another place once there are graphs over it: those may not be replayed any more."""
+    plain = model("gpt_neox-2-2-80")
+    options = {"method": "echo", "bits": 4, "budget": 100, "window": 8, "recent": 8, "slack": 4, "room": 4}
+    prompt, new = padded_batch((140,))[0], padded_batch((86,), seed=5)[0]
+
+    def move(evictions, layers):
+        if evictions >= 3 and evictions % 2 == 1:  # after the prompt's, one is launched, and the next is captured
+            for layer in layers:
+                list(REPLACED.values())[(evictions - 3) // 2 % len(REPLACED)](layer)
+
+    got, replayed = evicting.after_evictions(plain, [prompt], new, options, move)
+    monkeypatch.setattr("pyramidkv.decode.evictions._comes_again", lambda *_: False)
+    expected, launched = evicting.after_evictions(plain, [prompt], new, options, move)
+    assert evicting.alike(got, expected)
+    layers = len(got[0])
+    assert (len(got), launched.launched) == (21, 21 * layers)
+    assert (replayed.captures, replayed.launched) == (10 * layers, 11 * layers)
 
 
 @pytest.mark.usefixtures("swinging")

@@ -175,7 +175,7 @@ def test_replays_of_an_eviction_leave_what_launches_do(options, dtype, monkeypat
     new = padded_batch((101, 101), seed=5)[0].cuda()
     options = {"budget": 200, "window": 8, "recent": 8, "slack": 10, "room": 10, **options}
     got, replayed = evicting.after_evictions(plain, (ids, ids.flip(1)), new, options)
-    monkeypatch.setattr("pyramidkv.decode.evictions._work_of", lambda *_: None)
+    monkeypatch.setattr("pyramidkv.decode.evictions._comes_again", lambda *_: False)
     expected, launched = evicting.after_evictions(plain, (ids, ids.flip(1)), new, options)
     assert evicting.alike(got, expected)
     layers = len(got[0])

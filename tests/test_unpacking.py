@@ -13,6 +13,7 @@ import torch
 from kernel_testing import DTYPES, interpreted, never_waiting, poisoned, random, spoil_unused
 from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import value_group
+from pyramidkv.ops.read_back import ReadBack
 from pyramidkv.ops.unpacking import naive
 
 # dtype, bits, head sizes of keys and values, every head with its own number of pages, rows
@@ -138,6 +139,14 @@ def test_what_was_asked_for_ahead_is_the_same():
     now, _ = packed(*CASES[0])
     ahead, _ = packed(*CASES[0], ask=True)
     assert ahead.asked is not None and copy.deepcopy(ahead).most == ahead.most == now.most > 0
+
+
+def test_what_is_asked_for_together_comes_apart_again():
+    one, other = torch.arange(6, dtype=torch.int32).view(2, 3), torch.tensor([[7]], dtype=torch.int32)
+    found = ReadBack.together([None, one, None, other])
+    one += 10  # what is written afterwards does not come
+    assert [None if x is None else x.get().tolist() for x in found] == [None, [[0, 1, 2], [3, 4, 5]], None, [[7]]]
+    assert ReadBack.together([None]) == [None] and ReadBack.together([]) == []
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from pyramidkv.errors import ConfigError
 from pyramidkv.new_tokens import NewTokens
 from pyramidkv.ops.compact import Slots
 from pyramidkv.ops.heads import head_limits
+from pyramidkv.ops.read_back import ReadBack
 from pyramidkv.ops.select import select
 from pyramidkv.packed import PackedStorage
 from pyramidkv.parallel import first_head
@@ -229,6 +230,7 @@ class EvictingLayer:
     @torch.no_grad()
     def evict_decoded(self, held: list[int]) -> None:
         """Keep `held` tokens of each row in the middle of decoding, in the buffers that it has if they serve."""
+        self.widen()
         if self.stays(held):
             self.evicted(held, self.thin(held, self.back()))
             return
@@ -238,12 +240,16 @@ class EvictingLayer:
         self._keep(seen, index, each, min(held) < max(held), available)
         self._asked_anew()
 
+    def widen(self) -> None:
+        """Have room for what evictions while decoding leave: of a packed layer, slots and bits."""
+        if isinstance(self.storage, PackedStorage):
+            self.storage.widen(max(self.counts))
+
     def stays(self, held: list[int]) -> bool:
-        """Whether what an eviction while decoding leaves has room where the layer lies; widens that if need be."""
+        """Whether what an eviction while decoding leaves has room where the layer lies, once that is wide enough."""
         storage = self.storage
         if not isinstance(storage, PackedStorage):
             return not self.plan.config.packs(self.rank)  # there was nothing to pack yet
-        storage.widen(max(self.counts))
         recent = self.plan.config.recent
         kept = max(held) if self.plan.config.heads == "uniform" else storage.length
         return storage.has_room(kept, self._pages(held), recent)
@@ -265,12 +271,19 @@ class EvictingLayer:
             storage.compact(index)
         return index
 
-    def evicted(self, held: list[int], index: Tensor | None = None) -> None:
-        """Take note of what `thin` has kept; without the slots that it gave, all rows have kept as many."""
+    def evicted(self, held: list[int], index: Tensor | None = None, asked: ReadBack | None = None) -> None:
+        """Take note of what `thin` has kept; without the slots that it gave, all rows have kept as many.
+
+        For `asked` see `Pages.written_over`.
+        """
         storage, padded = self.storage, min(held) < max(held)
         assert storage is not None
-        length = self.plan.config.recent if isinstance(storage, PackedStorage) else max(held)
-        storage.cut(length, padded)
+        if isinstance(storage, PackedStorage):
+            length = self.plan.config.recent
+            storage.cut(length, padded, asked)
+        else:
+            length = max(held)
+            storage.cut(length, padded)
         if padded:
             assert index is not None
             storage.newest.start = (index[:, :, index.shape[2] - length :] < 0).sum(-1, dtype=torch.int32)

@@ -16,6 +16,7 @@ from pyramidkv.ops.bitmap import pack_positions, unpack_positions
 from pyramidkv.ops.compact import Slots, compact
 from pyramidkv.ops.pages import Pages
 from pyramidkv.ops.quantize import PAGE, key_bytes, value_bytes
+from pyramidkv.ops.read_back import ReadBack
 from pyramidkv.ops.valid import joined
 from pyramidkv.pool import Lease, Pool
 from pyramidkv.storage import Spec, Storage
@@ -174,10 +175,13 @@ class PackedStorage:
         Pages.gather(key, value, old, limits, recent, self.pages.bits, pages, lambda *_: self.pages)
         pack_positions(positions, old, self.bitmap)
 
-    def cut(self, recent: int, padded: bool) -> None:
-        """Take note of what `compact` has written; fewer than `recent` slots of a head are newest ones if `padded`."""
+    def cut(self, recent: int, padded: bool, asked: ReadBack | None = None) -> None:
+        """Take note of what `compact` has written; fewer than `recent` slots of a head are newest ones if `padded`.
+
+        For `asked` see `Pages.written_over`.
+        """
         self.new.cut(recent, padded)
-        self.pages = self.pages.written_over()
+        self.pages = self.pages.written_over(asked)
 
     def append(self, key: Tensor, value: Tensor, positions: Tensor, room: int) -> None:
         """Put (B, H, T, *) behind the slots in use, unpacked."""

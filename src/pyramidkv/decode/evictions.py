@@ -4,18 +4,25 @@ A layer that holds a bound evicts again and again where it lies, from as many sl
 differs in nothing but what lies on the device. One eviction is launched kernel by kernel, which compiles what must be
 compiled; the next one like it is captured, and those that follow are replayed. Each layer has graphs of its own, since
 one whose heads come to need more pages than any did before is launched anew, while those of the others serve.
+
+Replays leave the host little to do, and it must be quick: the device has ended a layer in 0.2 ms. So a work is known by
+the objects that it is over and a few numbers, and whether it may be replayed at all is asked once. The host takes note
+when all have been begun.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pyramidkv.decode.identity import remember, same
+from pyramidkv.ops.read_back import ReadBack
 from pyramidkv.packed import PackedStorage
 from pyramidkv.rotary import Turn
 
@@ -34,18 +41,11 @@ class Record(Protocol):
     ) -> Callable[[], None]: ...
 
 
-class _Work(NamedTuple):
-    """All that the launches of an eviction depend on."""
-
-    places: Hashable  # where everything lies
-    numbers: Hashable
-
-
 @dataclass
 class _Known:
-    """What a layer has done in the same places: works that were launched once, and of those that came again graphs."""
+    """What a layer has done over the same memory: works launched once and, of those that came again, graphs."""
 
-    places: Hashable
+    memory: list[weakref.ref[Any]]
     replays: dict[Hashable, Callable[[], None] | None] = field(default_factory=dict)
 
 
@@ -61,45 +61,71 @@ class Evictions:
         self._back: Tensor | None = None  # (2, B, R / 2): where graphs find what turns keys back, for all layers
         self._turned: Turn | None = None  # what lies there
 
-    def run(self, due: Sequence[tuple[PyramidKVLayer, list[int]]]) -> None:
-        """Evict in each of these layers, down to that many tokens of each row."""
-        for layer, held in due:
-            back = self._refresh(layer)
-            work, known = _work_of(layer, held, back), self._known.get(layer.layer)
-            if work is not None and (known is None or known.places != work.places):
-                known = self._known[layer.layer] = _Known(work.places)  # graphs over other memory go
-            if work is None or known is None or work.numbers not in known.replays:
-                layer.evict_decoded(held)
-                self.launched += 1
-                if work is not None and known is not None:
-                    known.replays[work.numbers] = None
-                continue
-            replay = known.replays[work.numbers]
-            if replay is None:
-                replay = known.replays[work.numbers] = self._capture(layer, held, back)
-            replay()
-            layer.evicted(held)
+    def run(self, due: Iterable[tuple[PyramidKVLayer, list[int]]]) -> None:
+        """Evict in each of these layers, down to that many tokens of each row; each is begun before the next is due."""
+        replayed = []
+        try:
+            for layer, held in due:
+                if self._replay(layer, held):
+                    replayed.append((layer, held))
+        finally:  # whatever went wrong with another layer
+            _take_note(replayed)
+
+    def _replay(self, layer: PyramidKVLayer, held: list[int]) -> bool:
+        """Evict in one layer; True if that was a replay, of which the layer is yet to take note."""
+        self._refresh(layer)
+        layer.widen()
+        memory, numbers = self._memory(layer), _numbers(layer, held)
+        known = self._known.get(layer.layer)
+        if known is not None and not same(known.memory, memory):
+            known = None
+        if known is None or numbers not in known.replays:
+            if _comes_again(layer, held):
+                if known is None:  # graphs over other memory go
+                    known = self._known[layer.layer] = _Known(remember(memory))
+                known.replays[numbers] = None
+            layer.evict_decoded(held)
+            self.launched += 1
+            return False
+        replay = known.replays[numbers]
+        if replay is None:
+            replay = known.replays[numbers] = self._capture(layer, held)
+        replay()
+        return True
 
     def close(self) -> None:
         """Let the graphs go."""
         self._known, self._pool, self._back, self._turned = {}, None, None, None
 
-    def _refresh(self, layer: PyramidKVLayer) -> Turn | None:
-        """What turns keys back by as many tokens as there are, where the graphs look for it."""
+    def _refresh(self, layer: PyramidKVLayer) -> None:
+        """Have what turns keys back by as many tokens as there are where the graphs look for it."""
         now = layer.back()
         if now is None:
-            return None
+            return
         if self._back is None or self._back.shape[1:] != now[0].shape or self._back.device != now[0].device:
             self._back, self._turned = now[0].new_empty(2, *now[0].shape), None
-        cos, sin = self._back
         if self._turned is None or self._turned[0] is not now[0]:  # all layers get the same tensors
-            torch._foreach_copy_([cos, sin], list(now))
+            torch._foreach_copy_(list(self._back.unbind()), list(now))
             self._turned = now
-        return cos, sin
 
-    def _capture(self, layer: PyramidKVLayer, held: list[int], back: Turn | None) -> Callable[[], None]:
+    def _memory(self, layer: PyramidKVLayer) -> list[Any]:
+        """All that an eviction reads or writes, by the objects that hold it; none of them ever lies elsewhere."""
+        storage, ring = layer.storage, layer.ring
+        assert storage is not None
+        memory: list[Any] = [layer.plan, *storage.newest.buffers()]
+        if ring is not None:
+            memory.append(ring.queries)
+        if isinstance(storage, PackedStorage):
+            pages = storage.pages
+            memory += [pages.keys, pages.values, pages.layout, storage.bitmap]
+        if layer.rotary is not None:
+            memory.append(self._back)
+        return memory
+
+    def _capture(self, layer: PyramidKVLayer, held: list[int]) -> Callable[[], None]:
         still = _still(layer)
         assert still.storage is not None
+        back = None if layer.rotary is None or self._back is None else (self._back[0], self._back[1])
         device = still.storage.newest.keys.device
         if self._pool is None and device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
@@ -107,26 +133,33 @@ class Evictions:
         return self._record(lambda: still.thin(held, back), device, 0, self._pool)
 
 
-def _work_of(layer: PyramidKVLayer, held: list[int], back: Turn | None) -> _Work | None:
-    """What an eviction launches; None if that depends on more than numbers."""
+def _numbers(layer: PyramidKVLayer, held: list[int]) -> Hashable:
+    """What the launches of an eviction depend on besides memory, and whether they can be replayed."""
     storage, ring = layer.storage, layer.ring
-    if storage is None or storage.newest.padded or len(set(held)) > 1 or len(set(layer.held)) > 1:
-        return None  # launches follow the rows
-    if not vars(type(layer.scorer)).get("replays", False) or not layer.stays(held):
-        return None
-    queries = [] if ring is None else [ring.queries]
-    buffers = [*queries, *storage.newest.buffers(), *([] if back is None else back)]
-    slots = 0
-    if isinstance(storage, PackedStorage):
-        buffers += [*storage.pages.tensors().values(), storage.bitmap]
-        slots = storage.pages.slots
-    numbers = held[0], layer.held[0], storage.newest.length, slots, ring and ring.count, layer.scaling
-    return _Work(tuple(map(_place, buffers)), numbers)
+    assert storage is not None
+    new, slots = storage.newest, storage.pages.slots if isinstance(storage, PackedStorage) else 0
+    return *held, *layer.held, new.length, new.padded, slots, ring and ring.count, layer.scaling
 
 
-def _place(tensor: Tensor) -> Hashable:
-    """Where a tensor lies, and how."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+def _comes_again(layer: PyramidKVLayer, held: list[int]) -> bool:
+    """Whether an eviction can be replayed where memory and numbers are the same: if it depends on nothing else."""
+    assert layer.storage is not None
+    if layer.storage.newest.padded or len(set(held)) > 1 or len(set(layer.held)) > 1:
+        return False  # launches follow the rows
+    return vars(type(layer.scorer)).get("replays", False) and layer.stays(held)
+
+
+def _take_note(replayed: Sequence[tuple[PyramidKVLayer, list[int]]]) -> None:
+    """Have each layer know what it keeps; how many pages each head has comes to the host in one copy for all."""
+    counts = [_pages_to_count(layer) for layer, _ in replayed]
+    for (layer, held), asked in zip(replayed, ReadBack.together(counts), strict=True):
+        layer.evicted(held, asked=asked)
+
+
+def _pages_to_count(layer: PyramidKVLayer) -> Tensor | None:
+    """Pages of each head, (B, H), if they may have changed; None: they are as many as ever."""
+    storage = layer.storage
+    return storage.pages.count if isinstance(storage, PackedStorage) and not storage.pages.even else None
 
 
 def _still(layer: PyramidKVLayer) -> PyramidKVLayer:

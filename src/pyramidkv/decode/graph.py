@@ -9,8 +9,9 @@ asked for (`ahead.py`): it writes into slots that are free, so that forgetting i
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.ahead import Ahead
 from pyramidkv.decode.compiled import compiled_step
 from pyramidkv.decode.evictions import Evictions
+from pyramidkv.decode.identity import remember, same
 from pyramidkv.decode.step import PLACES, Place, Step, StepCache, step_of
 from pyramidkv.errors import UnsupportedError
 from pyramidkv.ops import kernels
@@ -141,6 +143,10 @@ class DecodeGraph:
         That is so for the first token over new buffers: a graph is captured for those that stay.
         """
         layers: list[PyramidKVLayer] = cache.layers
+        if positions is None:
+            positions = torch.full_like(ids, cache.get_seq_length())
+        asked = torch.stack((ids, positions.expand_as(ids)))
+        right = self._foreseen(asked)  # before evictions are launched, since it waits for the device
         storages = self._ready(layers)
         if storages is None:
             self.settle()
@@ -148,14 +154,10 @@ class DecodeGraph:
         lengths = [s.length for s in storages]
         if self._captured is None:
             self._captured = self._capture(layers, storages, ids)
-        elif lengths != self._lengths or not _same(self._storages, storages):
+        elif lengths != self._lengths or not same(self._storages, storages):
             self.settle()
             self._inform(self._captured, layers, storages)
         at = self._captured
-        if positions is None:
-            positions = torch.full_like(ids, cache.get_seq_length())
-        asked = torch.stack((ids, positions.expand_as(ids)))
-        right = torch.equal(asked, at.foreseen)
         self._ahead.judge(right)
         self._lengths = []  # not known, should anything go wrong from here on
         if self._ahead.running and right:
@@ -174,6 +176,11 @@ class DecodeGraph:
         self._lengths = [length + 1 for length in lengths]
         return logits
 
+    def _foreseen(self, asked: Tensor) -> bool:
+        """Whether the last replay has left the ids and positions that are asked for now, (2, B, 1)."""
+        at = self._captured
+        return at is not None and at.foreseen.device == asked.device and torch.equal(asked, at.foreseen)
+
     def settle(self) -> None:
         """Before anything but the next step is done with the cache: let no replay be under way."""
         if self._ahead.running:
@@ -184,10 +191,10 @@ class DecodeGraph:
 
     def _ready(self, layers: list[PyramidKVLayer]) -> list[Storage] | None:
         """The buffers to write a token into, with a free slot each; None if this token must go the usual way."""
-        due = [(layer, held) for layer in layers if (held := layer.overfull(1)) is not None]
-        if due:
+        due = ((layer, held) for layer in layers if (held := layer.overfull(1)) is not None)
+        if (first := next(due, None)) is not None:
             self.settle()
-            self.evictions.run(due)
+            self.evictions.run(itertools.chain((first,), due))
         if any(layer.storage is None for layer in layers):
             return None
         for layer in layers:
@@ -200,9 +207,9 @@ class DecodeGraph:
         rings = [layer.ring.queries for layer in layers if layer.ring is not None]
         packed = [pages.keys.codes for pages in map(_pages, layers) if pages is not None]
         used = [s.keys for s in storages] + rings + packed
-        if not _same(self._keys, used):
+        if not same(self._keys, used):
             self.settle()
-            self._captured, self._keys = None, [weakref.ref(tensor) for tensor in used]
+            self._captured, self._keys = None, remember(used)
             return None
         if free == 0 or (self._captured is None and free <= WARM_UPS):
             return None
@@ -230,7 +237,7 @@ class DecodeGraph:
     def _inform(self, at: _Captured, layers: list[PyramidKVLayer], storages: list[Storage]) -> None:
         """Give the device what it must know of these storages: lengths, empty slots, positions of tokens to come."""
         self._lengths = [s.length for s in storages]
-        self._storages = [weakref.ref(s) for s in storages]
+        self._storages = remember(storages)
         at.lengths.copy_(torch.tensor(self._lengths, dtype=torch.int32)[:, None])
         torch._foreach_zero_(at.starts)
         free = [s.capacity - s.length for s in storages]
@@ -289,7 +296,3 @@ class DecodeGraph:
 def _pages(layer: PyramidKVLayer) -> Pages | None:
     """What a layer has packed."""
     return layer.storage.pages if isinstance(layer.storage, PackedStorage) else None
-
-
-def _same(known: Sequence[weakref.ref[Any]], now: Sequence[object]) -> bool:
-    return len(known) == len(now) and all(ref() is x for ref, x in zip(known, now, strict=True))

@@ -109,12 +109,14 @@ class Pages:
         made.values.put(self.values.plain())
         return replace(self, keys=made.keys, values=made.values)
 
-    def written_over(self) -> Pages:
+    def written_over(self, asked: ReadBack | None = None) -> Pages:
         """What lies in the same place now: other tokens, of which each head has other numbers.
 
         Unpacked, they take no fewer slots: what is launched over them is the same from one eviction to the next.
+        `asked`: those numbers, if they are on their way to the host already.
         """
-        asked = None if self.even else ReadBack(self.count)
+        if asked is None and not self.even:
+            asked = ReadBack(self.count)
         return Pages(self.keys, self.values, self.layout, self.even, asked, self.slots)
 
     def with_spare(self) -> Pages:
