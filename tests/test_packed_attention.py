@@ -148,7 +148,7 @@ def test_packed_attention_on_a_cpu(case, kind, monkeypatch):
     monkeypatch.setattr(naive, "packed_attention", None)  # that it is not asked again
     got = packed_attention(query, pages, keys, values, length, start, 0.2)
     assert got.dtype == query.dtype and got.shape == query.shape
-    assert distance(got, expected) < 1e-5
+    assert distance(got, expected) < (1e-4 if case.bits == 8 else 1e-5)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], SEVEN], ids=str)

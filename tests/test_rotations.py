@@ -55,6 +55,23 @@ def test_it_is_what_the_models_compute(kind, dtype):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("one_row", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_token_on_a_cpu_is_rotated_to_the_last_bit(shape, one_row):
+    batch, heads, kv_heads, _, size, rotated = shape
+    for dtype in DTYPES:
+        query, key, cos, sin = case((batch, heads, kv_heads, 1, size, rotated), dtype)
+        sin = torch.cat([sin[..., : rotated // 2], sin[..., rotated // 2 :] * 0.5], -1)  # halves may differ
+        if one_row:
+            cos, sin = cos[:1], sin[:1]
+        given = [t.clone() for t in (query, key, cos, sin)]
+        with torch.no_grad():
+            got = rotate(query, key, cos, sin, plain=None)
+        for mine, expected in zip(got, naive.rotate(*given), strict=True):
+            assert mine.shape == expected.shape and torch.equal(mine, expected)
+        assert all(torch.equal(a, b) for a, b in zip(given, (query, key, cos, sin), strict=True))
+
+
 def checked(shape, dtype, device, one_row):
     from pyramidkv.ops.rotate import triton
 

@@ -61,7 +61,7 @@ def soak(rounds, *, warm_up, check_every):
         return tokens
 
     def sizes():
-        for few in (strips._bags, strips._more_bags):  # kept on purpose, four at most, but now more and now fewer
+        for few in (strips._index, strips._first):  # kept on purpose, four at most, but now more and now fewer
             few.cache_clear()
         gc.collect()
         tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())

@@ -1,4 +1,4 @@
-"""Rotary position embeddings in one launch.
+"""Rotary position embeddings in one launch, or in few calls for a token on a CPU.
 
 The models of `transformers` write each of some ten steps of it to memory and read it again: an eighth of the time of a
 prefill of 6144 tokens on Pythia-2.8B's shape. Their attention modules all call the function `apply_rotary_pos_emb` of
@@ -22,7 +22,7 @@ CALLED = "apply_rotary_pos_emb"
 
 
 def rotate_at_once(model: torch.nn.Module) -> Callable[[], None]:
-    """Have the attention modules of a model rotate queries and keys by `ops.rotate` where its kernel can serve.
+    """Have the attention modules of a model rotate queries and keys by `ops.rotate` where that can serve.
 
     Returns what puts the model back as it was. A module whose forward does not call `apply_rotary_pos_emb`, or has been
     replaced already (accelerate's hooks), is left alone.

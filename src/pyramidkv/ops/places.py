@@ -1,8 +1,9 @@
-"""Where pages lie among the slots of heads that have unequal numbers of them."""
+"""Where pages lie among the slots of heads that have unequal numbers of them; worked out once, not at every token."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,50 +11,71 @@ from torch import Tensor
 from pyramidkv.ops.quantize import PAGE
 
 
+class Moves(NamedTuple):
+    """What attention of G queries a head reads and sums; of the N pages there are G, each with a query of its head."""
+
+    queries: Tensor  # (G * N,) int64: a page's query among (heads, G)
+    keys: Tensor  # (G * heads * most + 1,) int32: the first channel of each place among (G, N, channels), and the end
+    weights: Tensor  # (G * parts * N,) int64: a page's place among (G, heads, width)
+    values: Tensor  # (G * parts * heads * 2 + 1,) int32: the first token of each sum among (G, parts, N, 64); the end
+
+
 @dataclass(frozen=True)
 class Places:
-    """Of the pages of all rows, in order: whose they are, which 64 slots of that head, and which of those are empty.
+    """Of the pages of all rows, in order: whose they are, and which 64 slots of that head.
 
-    Pages without a token are nobody's. Those behind the last that has one are left out; if there are others, they lie
-    in the first slots of one head more than there are.
+    A head's pages lie side by side and take its last places; others have no page. Pages without a token are nobody's:
+    those between two heads take a place that all heads then have in front, those behind the last head are left out.
     """
 
     head: Tensor  # (N,) int64, among those of all rows
-    place: Tensor  # (N,) int64, in 64 slots
-    spare: bool  # some are nobody's
-    empty: Tensor  # (N,) int64, slots in front of its first token
-    _among: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    place: Tensor  # (N,) int64
+    begins: Tensor  # (heads, most) int64: the first page from which on pages are in this place or behind it
+    begin: Tensor  # (heads, 2) int64: the first of nobody's pages in front of a head, and the head's first
+    hidden: Tensor  # (heads, most * 64) bool: slots without a token
+    _moves: dict[tuple[int, ...], Moves] = field(default_factory=dict)
 
     @classmethod
     def of(cls, layout: Tensor, pages: int, slots: int) -> Places:
-        """Of rows of so many pages; a head's pages take the last of its slots. For `layout` see `Pages`."""
-        first, count, start = layout.long()
-        rows, heads = first.shape
-        page = torch.arange(pages, device=layout.device)
-        head = (page >= (first + count)[..., None]).sum(1)  # (B, pages), `heads` behind those of the last
-        mine = head.clamp(max=heads - 1)
-        nth = page - first.gather(1, mine)  # of its head
-        empty = (start.gather(1, mine) - nth * PAGE).clamp(min=0)
-        place = slots // PAGE - count.gather(1, mine) + nth
-        nobodys = (head == heads) | (empty >= PAGE)
-        head += heads * torch.arange(rows, device=layout.device)[:, None]
-        somebodys = (~nobodys).flatten().nonzero()[:, 0].tolist()
-        end = somebodys[-1] + 1 if somebodys else 0
-        found = (t.masked_fill(nobodys, x).flatten()[:end] for t, x in ((head, rows * heads), (place, 0), (empty, 0)))
-        head, place, empty = (t.clone() for t in found)
-        return cls(head, place, end > len(somebodys), empty)
+        """Of rows of so many pages, whose heads have so many slots and, maybe, 64 more. For `layout` see `Pages`."""
+        first, count, start = (t.flatten() for t in layout.long())  # (heads,) of all rows
+        row = torch.arange(layout.shape[1], device=layout.device).repeat_interleave(layout.shape[2])
+        end = row * pages + first + count
+        begin = end - (count - start // PAGE).clamp(min=0)
+        total = max(end[begin < end].tolist(), default=0)
+        begin, end = begin.clamp(max=total), end.clamp(max=total)
+        before = torch.cat([end.new_zeros(1), end])[:-1]
+        most = slots // PAGE + bool((before < begin).any())
+        ahead = torch.arange(-most, 0, device=layout.device)
+        page = torch.arange(total, device=layout.device)
+        head = torch.searchsorted(end, page, right=True)
+        begins = torch.max(end[:, None] + ahead, begin[:, None])
+        begins[:, :1] = before[:, None]
+        hidden = torch.arange(-most * PAGE, 0, device=layout.device) < (start - count * PAGE)[:, None]
+        place = (page - end[head] + most).clamp(min=0)
+        return cls(head, place, begins, torch.stack([before, begin], 1), hidden)
 
-    def among(self, groups: int, width: int) -> tuple[Tensor, Tensor]:
-        """Where the pages are among (heads, G, width) places, and their empty slots among the slots of those.
+    def moves(self, groups: int, parts: int, channels: int, newest: int) -> Moves:
+        """For so many queries a head, groups of channels of values, channels of a key, and places behind all of these.
 
-        Both are int64, the first (N * G,), as each page is there once for each of G queries. The last answer is
-        remembered: `width` changes with every 64th token.
+        The last answer is remembered: `newest` changes with every 64th token.
         """
-        if (groups, width) not in self._among:
-            group = torch.arange(groups, device=self.head.device)
-            places = (self.head[:, None] * groups + group) * width + self.place[:, None]  # (N, G)
-            slots = torch.arange(PAGE, device=self.head.device)
-            hidden = (slots < self.empty[:, None])[:, None].expand(-1, groups, -1)
-            self._among.clear()
-            self._among[groups, width] = places.flatten(), (places[..., None] * PAGE + slots)[hidden]
-        return self._among[groups, width]
+        asked = groups, parts, channels, newest
+        if asked not in self._moves:
+            (heads, most), pages = self.begins.shape, len(self.head)
+            group = torch.arange(groups, device=self.head.device)[:, None]
+            weights = (group * heads + self.head) * (most + newest) + self.place  # (G, N)
+            self._moves.clear()
+            self._moves[asked] = Moves(
+                (self.head * groups + group).flatten(),
+                _repeated(self.begins, groups, pages, channels),
+                weights[:, None].expand(-1, parts, -1).flatten(),
+                _repeated(self.begin, groups * parts, pages, PAGE),
+            )
+        return self._moves[asked]
+
+
+def _repeated(begins: Tensor, times: int, pages: int, strips: int) -> Tensor:
+    """First strips of what begins at some of so many pages, which are there so many times, and the end."""
+    again = torch.arange(times, device=begins.device)[:, None] * pages + begins.flatten()
+    return (torch.cat([again.flatten(), again.new_tensor([times * pages])]) * strips).int()

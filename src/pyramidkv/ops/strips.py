@@ -110,54 +110,53 @@ class Strips:
         scale, zero = (torch.unflatten(t, -1, (-1, PAGE)).mT.contiguous() for t in (scale, zero))
         return Codes(pack_codes(numbers, self.bits).mT.contiguous(), scale, zero, self.bits)
 
-    def sums(self, weights: Tensor) -> Tensor:
-        """Products of each page's keys or values with vectors of its own, in float32.
+    def sums(self, weights: Tensor, bounds: Tensor) -> Tensor:
+        """Sums over the first N of all B * P pages of keys, channel by channel, or of values, token by token.
 
         Args:
-            weights: (N, G, D) float32 of keys, (N, G, 64) of values, for the first N of all B * P pages.
+            weights: (G, N, D) float32 of keys; (G, parts, N, 64) of values, alike for their groups of channels.
+            bounds: (M + 1,) int32: of all weights, the first that each sum is of, and at last their number.
 
         Returns:
-            (N, G, 64) of keys, (N, G, D) of values.
+            (M, 64) float32 of keys, (M, channels of a group) of values.
         """
-        pages, groups, bag = weights.shape
-        count = self.codes.shape[-2]
-        each = weights if bag == count else weights.repeat(1, 1, count // bag)  # tokens, for all groups of channels
-        index, offsets = _bags(pages, groups, count, bag)
-        read = _BAGS[self.bits]
-        assert read is not None
-        found: Tensor = read(
-            self._to_read(),
-            index,
-            offsets,
-            per_sample_weights=each.flatten(),
-            include_last_offset=True,
-        )
-        return found.view(pages, groups, count // bag * self.width)
+        pages = weights.shape[-2]
+        index = _index(pages, weights.shape[0], self.codes.shape[2], weights.shape[-1])
+        codes, weights = self.codes.flatten(0, 2), weights.flatten()
+        if self.bits < 8:
+            return _read(self.bits, codes, index, bounds, weights)
+        # Torch wants the scales of 8 bits in float32, and would want a copy of all codes with them. As codes of 4 bits,
+        # low + 16 * high, they are read where they lie; only the zero point is then added 17 times.
+        halves = _read(4, codes, index, bounds, weights)
+        low, high = halves[:, ::2], halves[:, 1::2]
+        zero = codes[:, -2:].view(torch.float16).float()
+        once = torch.ops.aten._embedding_bag_forward_only(zero, index, bounds, False, 0, False, weights, True)[0]
+        return torch.add(low, high - once, alpha=16)
 
     def _tail(self) -> Tensor:
         """(B, P, S, 2) float16 scales and zero points, where they lie."""
         return self.codes[..., -TAIL:].view(torch.float16)
 
-    def _to_read(self) -> Tensor:
-        """All strips as torch wants them: those of 8 bits with tails in float32."""
-        if self.bits < 8:
-            return self.codes.flatten(0, -2)
-        return torch.cat([self.codes[..., :-TAIL], self._tail().float().view(torch.uint8)], -1).flatten(0, -2)
+
+def _read(bits: int, codes: Tensor, index: Tensor, bounds: Tensor, weights: Tensor) -> Tensor:
+    """(M, width) float32: sums of strips `index`, each times its weight, from one of `bounds` to the next."""
+    read = _BAGS[bits]
+    assert read is not None
+    found: Tensor = read(codes, index, bounds, per_sample_weights=weights, include_last_offset=True)
+    return found
 
 
 @lru_cache(maxsize=4)
-def _bags(pages: int, groups: int, count: int, bag: int) -> tuple[Tensor, Tensor]:
-    """Which strips are summed, and where each sum begins: `groups` times the `count` of a page, `bag` at a time."""
-    index, offsets = _more_bags(1 << max(pages - 1, 0).bit_length(), groups, count, bag)
-    strips = pages * groups * count
-    return index[:strips], offsets[: strips // bag + 1]
+def _index(pages: int, groups: int, count: int, bag: int) -> Tensor:
+    """The strips of pages that have `count`, `bag` of one part together: of all (groups, parts, pages, bag), int32."""
+    strips = _first(1 << (pages * count).bit_length())[: pages * count]
+    return strips.view(pages, count // bag, bag).transpose(0, 1).expand(groups, -1, -1, -1).flatten()
 
 
-@lru_cache(maxsize=4)
-def _more_bags(pages: int, groups: int, count: int, bag: int) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=1)
+def _first(strips: int) -> Tensor:
     """Those of fewer pages are the first of these: one serves the layers of a model."""
-    index = torch.arange(pages * count, dtype=torch.int32).view(pages, 1, count).expand(-1, groups, -1).flatten()
-    return index, torch.arange(0, len(index) + 1, bag, dtype=torch.int32)
+    return torch.arange(strips, dtype=torch.int32)
 
 
 def _joined(numbers: Tensor, bits: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyramidkv.ops import kernels
-from pyramidkv.ops.rotate import naive
+from pyramidkv.ops.rotate import naive, one_token
 
 __all__ = ["rotate", "why_naive"]
 
@@ -34,11 +34,14 @@ def rotate(
 ) -> tuple[Tensor, Tensor]:
     """(B, Hq, T, D) queries and (B, Hkv, T, D) keys with their first R channels rotated; cos and sin (1 or B, T, R).
 
-    The definition is that of `naive.rotate`; the kernel's result is the same to the last bit. Where it can't serve,
-    `plain` does, a function of the same. The kernel's queries lie in memory
-    as (B, T, Hq, D): attention gives its output the layout of its queries, and that is the one which the output
+    The definition is that of `naive.rotate`; what the kernel gives, and `one_token` where it decodes on a CPU, is the
+    same to the last bit. Where they can't serve, `plain` does, a function of the same. The kernel's queries lie in
+    memory as (B, T, Hq, D): attention gives its output the layout of its queries, and that is the one which the output
     projection reads without a copy.
     """
+    alike = query.dtype == key.dtype == cos.dtype == sin.dtype
+    if query.shape[2] == 1 and query.device.type == "cpu" and alike and not torch.is_grad_enabled():
+        return one_token.rotate(query, key, cos, sin)
     if why_naive(query, key, cos, sin) is None:
         from pyramidkv.ops.rotate import triton
 
