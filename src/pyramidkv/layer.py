@@ -51,7 +51,8 @@ class PyramidKVLayer(EvictingLayer, CacheLayerMixin):  # type: ignore[misc]
             self._check(key_states)
             self.make_room(key_states.shape[2])
             self.before = remember(self)
-            columns = self._columns(key_states.shape[2], key_states.device)
+            one = key_states.shape[2] == 1 and self.offset is None
+            columns = self.seen if one else self._columns(key_states.shape[2], key_states.device)
             self.storage.append(key_states, value_states, columns, self.plan.config.room)
             if isinstance(self.storage, PackedStorage):
                 keys, values = key_states, value_states  # `attend` reads the codes, or unpacks them

@@ -183,7 +183,7 @@ class PackedStorage:
         self.new.cut(recent, padded)
         self.pages = self.pages.written_over(asked)
 
-    def append(self, key: Tensor, value: Tensor, positions: Tensor, room: int) -> None:
+    def append(self, key: Tensor, value: Tensor, positions: Tensor | int, room: int) -> None:
         """Put (B, H, T, *) behind the slots in use, unpacked."""
         self.new.append(key, value, positions, room)
 

@@ -162,8 +162,8 @@ class Storage:
         """Keys, values and positions, free slots too."""
         return self.keys, self.values, self.positions
 
-    def append(self, key: Tensor, value: Tensor, positions: Tensor, room: int) -> None:
-        """Put (B, H, T, *) behind the slots in use; out of capacity, grow.
+    def append(self, key: Tensor, value: Tensor, positions: Tensor | int, room: int) -> None:
+        """Put (B, H, T, *) behind the slots in use, one position if all are alike; out of capacity, grow.
 
         The new capacity leaves `room` free slots, or as many as were appended so far: few reallocations in all.
         """
