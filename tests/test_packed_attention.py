@@ -148,6 +148,7 @@ def test_packed_attention_on_a_cpu(case, kind, monkeypatch):
     monkeypatch.setattr(naive, "packed_attention", None)  # that it is not asked again
     got = packed_attention(query, pages, keys, values, length, start, 0.2)
     assert got.dtype == query.dtype and got.shape == query.shape
+    # Codes of 8 bits are read as two halves, of which the upper is rounded 16 times as coarsely.
     assert distance(got, expected) < (1e-4 if case.bits == 8 else 1e-5)
 
 
