@@ -9,9 +9,8 @@ import torch
 import pyramidkv
 from families import NAMES, model, padded_batch
 from pyramidkv.budget import layer_budgets
-from pyramidkv.calibration import logit_noise
+from pyramidkv.calibration import AMOUNTS, Tried, _try, spend
 from pyramidkv.errors import ConfigError, UnsupportedError
-from pyramidkv.ops.quantize import PAGE, dequantize_keys, quantize_keys
 
 
 def test_weights_divide_the_budget():
@@ -111,81 +110,106 @@ def test_layers_hold_what_their_weights_say(options, tmp_path):
     goes_on_the_same_from_a_file(cache, plain, (ids, mask, positions), tmp_path / "a.cache")
 
 
-def by_hand(scores, share, recent):
-    """Slots of each head of one budget over (heads, tokens): pages by their best score, after a floor."""
-    heads, tokens = scores.shape
-    pages = heads * (share - recent) // PAGE
-    own = min(int(0.2 * (share - recent)) // PAGE, pages // heads)
-    counts = [own] * heads
-    ranked = [sorted(head[: tokens - recent].tolist(), reverse=True) for head in scores]
-    best = [(-head[page * PAGE], h) for h, head in enumerate(ranked) for page in range(own, -(-len(head) // PAGE))]
-    for _, h in sorted(best)[: pages - heads * own]:
-        counts[h] += 1
-    return [min(recent + PAGE * count, tokens) for count in counts]
+def only_one_matters(plain):
+    """The model, in which what attention gives is lost in all layers that are compressed but the last; its index."""
+    compressed = pyramidkv.shape.cache_shape(plain.config).compressed
+    for index in compressed[:-1]:
+        ways_out = [
+            m
+            for name, m in plain.named_modules()
+            if name.endswith((f".{index}.self_attn.o_proj", f".{index}.attention.dense"))
+        ]
+        assert len(ways_out) == 1
+        for parameter in ways_out[0].parameters():
+            parameter.data.zero_()
+    return compressed[-1]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
-def test_calibration_is_one_budget_over_all_layers(name, monkeypatch):
-    """The weights against pages handed out in a loop, from scores that the layers were seen to give."""
+def test_calibration_gives_to_the_layer_that_matters(name):
+    """All the others get the least amount and the last one the rest; its losses are the whole cache's."""
     plain = model(name)
-    config = pyramidkv.CompressionConfig(method="echo", heads="adaptive", keep=0.5, recent=32)
-    said = []
-    score = pyramidkv.scorers.EchoScorer.score
-
-    def listened(scorer, seen):
-        said.append(score(scorer, seen))
-        # Scores that tell the layers apart, with no two alike after rounding to 16 bits.
-        said[-1] = said[-1].sort(-1).values * 1.3 ** len(said)
-        return said[-1]
-
-    monkeypatch.setattr(pyramidkv.scorers.EchoScorer, "score", listened)
+    last = only_one_matters(plain)
+    ids, _, _ = padded_batch((660,))
+    context, follows = ids[:, :600], ids[:, 600:]
+    config = pyramidkv.CompressionConfig(method="snapkv", keep=0.2, window=8, recent=8, room=1)
+    truth = plain(ids).logits[0, 600:].log_softmax(-1)
     before = plain.config._attn_implementation
-    ids, _, _ = padded_batch((640,))
-    weights = pyramidkv.calibrate(plain, [ids], config)
+    weights = pyramidkv.calibrate(plain, [(context, follows)], config)
     assert plain.config._attn_implementation == before
-    heads = said[0].shape[1]
-    limits = by_hand(torch.cat(said, dim=1)[0], 320, 32)
-    layers = torch.tensor(limits, dtype=torch.float64).reshape(-1, heads).mean(1)
-    assert len(weights) == len(said) and weights == pytest.approx((layers / layers.mean()).tolist(), abs=6e-4)
-    assert weights[-1] > weights[0]
+    count = len(weights)
+    left = min(2.25, count - 0.35 * (count - 1))
+    assert weights[:-1] == pytest.approx([weights[0]] * (count - 1))
+    assert 1 < 0.35 * weights[-1] / weights[0] < left + 0.03
+    assert sum(weights) == pytest.approx(count, abs=0.01)
+    plain.set_attn_implementation("pyramidkv")
+    tried = _try(plain, context, follows, config)[-1]
+    assert [way.amount for way in tried] == list(AMOUNTS) and len({way.loss for way in tried}) == len(tried)
+    for way in tried:  # the other layers' tokens count for nothing, so the cache may lose them too
+        cache = pyramidkv.PyramidKVCache(
+            plain.config, method="snapkv", budget=round(way.amount * 120), window=8, recent=8, room=1
+        )
+        plain(context, past_key_values=cache)
+        nbytes = cache.layers[last].usage().kv_bytes
+        said = plain(follows, past_key_values=cache).logits[0].log_softmax(-1)
+        assert way.loss == pytest.approx(float((truth.exp() * (truth - said)).sum(-1).mean()), rel=2e-3)
+        assert way.nbytes == nbytes
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "queries", "keys", "bits"), [(6, 2, 50, 150, 4), (1, 1, 64, 64, 2)])
-def test_logit_noise_is_what_codes_move_logits_by(heads, kv_heads, queries, keys, bits):
-    """Against all pairs of queries and keys in float64; keys in front of the last whole page don't count."""
-    torch.manual_seed(0)
-    query, key = torch.randn(1, heads, queries, 16), 3 * torch.randn(1, kv_heads, keys, 16)
-    key[:, -1] *= 5
-    pages = key[0, :, keys % PAGE :].reshape(kv_heads, -1, PAGE, 16)
-    coded = dequantize_keys(quantize_keys(pages, bits), torch.float64).flatten(1, 2)
-    moved = []
-    for head in range(heads):
-        kv = head * kv_heads // heads
-        moved.append(0.25 * query[0, head].double() @ (coded - pages.flatten(1, 2).double())[kv].T)
-    by_kv_head = torch.stack(moved).reshape(kv_heads, -1).square().mean(1).sqrt()
-    assert logit_noise(query, key, 0.25, bits) == pytest.approx(by_kv_head.max().item(), rel=1e-4)
+def tried(*ways):
+    """Ways of a layer from (amount, bits, bytes, loss)."""
+    return [Tried(*way) for way in ways]
+
+
+def test_bytes_go_where_they_save_most():
+    """Worked by hand: slopes of layer one -8, -3 a byte, of layer two -5, then a way in 8 bits at -2."""
+    one = tried((1, 4, 10, 15.0), (2, 4, 11, 7.0), (3, 4, 13, 1.0), (4, 4, 99, 1.0))
+    two = tried((1, 4, 10, 9.0), (2, 4, 11, 4.0), (1.5, 8, 13, 0.0), (2.5, 4, 12, 3.9))
+
+    def spent(nbytes):
+        return [(way.amount, way.bits) for way in spend([one, two], nbytes)]
+
+    assert spent(20) == [(1, 4), (1, 4)]
+    assert spent(20.5) == [(1.5, 4), (1, 4)]  # a part of the first step
+    assert spent(22) == [(2, 4), (2, 4)]
+    assert spent(23) == [(2.5, 4), (2, 4)]
+    assert spent(24.5) == [(3, 4), (2, 4)]  # a way in other bits is taken whole or not at all
+    assert spent(26) == [(3, 4), (1.5, 8)]
+    assert spent(1000) == [(3, 4), (1.5, 8)]  # and nothing is spent for nothing
+
+
+def test_spending_is_as_good_as_any_choice():
+    """Convex losses and steps of one price: no other choice of ways loses less for the bytes."""
+    generator = torch.Generator().manual_seed(0)
+    layers = []
+    for _ in range(4):
+        gains = torch.rand(4, generator=generator).sort(descending=True).values.cumsum(0)
+        layers.append(tried((0, 4, 0, 5.0), *((k + 1, 4, k + 1, 5 - float(gains[k])) for k in range(4))))
+    for nbytes in range(17):
+        best = min(
+            sum(w.loss for w in ways) for ways in itertools.product(*layers) if sum(w.nbytes for w in ways) <= nbytes
+        )
+        assert sum(way.loss for way in spend(layers, nbytes)) == pytest.approx(best)
 
 
 @torch.no_grad()
-def test_layers_that_codes_disturb_are_given_more_bits(monkeypatch):
-    """Those above the limit and no others; their weights are those of the tokens that then fit."""
+@pytest.mark.parametrize("options", [{"share": 0.2}, {"share": 0.3, "bits": 8}, {"keep": 0.4, "bits": 16}], ids=str)
+def test_what_calibration_says_fits_the_bytes(options):
     plain = model("llama-4-2-32")
-    ids, _, _ = padded_batch((640,))
-    noise = iter([0.2, 0.4, 0.29, 0.31] * 4)
-    monkeypatch.setattr(pyramidkv.calibration, "logit_noise", lambda *_: next(noise))
-    count = plain.config.num_hidden_layers
-    disturbed = [rank % 4 in (1, 3) for rank in range(count)]
-    found = pyramidkv.calibrate(plain, [ids], share=0.3)
-    config = pyramidkv.CompressionConfig(method="auto", share=0.3, layers=found)
-    assert [config.bits_of(rank) for rank in range(count)] == [8 if more else 4 for more in disturbed]
-    assert sum(config.weights) == pytest.approx(count, abs=0.01)
-    noise = iter([0.4] * count)
-    assert {n for _, n in pyramidkv.calibrate(plain, [ids], share=0.2, bits=2)} == {4}
-    noise = iter([0.4] * count)
-    assert all(isinstance(weight, float) for weight in pyramidkv.calibrate(plain, [ids], share=0.4, bits=8))
-    noise = iter([])
-    assert all(isinstance(weight, float) for weight in pyramidkv.calibrate(plain, [ids], keep=0.4, bits=16))
+    ids, _, _ = padded_batch((700,))
+    found = pyramidkv.calibrate(plain, [(ids[:, :650], ids[:, 650:]), (ids[:, 20:640], ids[:, 640:])], **options)
+    config = pyramidkv.CompressionConfig(method="auto", layers=found, room=1, **options)
+    assert sum(config.weights) / len(found) == pytest.approx(1, abs=1e-3)
+    assert {config.bits_of(rank) for rank in range(len(found))} <= {
+        config.bits,
+        2 * config.bits if config.bits < 8 else config.bits,
+    }
+    plain.set_attn_implementation("pyramidkv")
+    cache = pyramidkv.PyramidKVCache(plain.config, config)
+    plain(ids, past_key_values=cache)
+    if config.share is not None:
+        assert cache.report().kv_bytes / cache.report().full_kv_bytes <= config.share
 
 
 def test_calibration_says_what_it_needs():
@@ -193,11 +217,11 @@ def test_calibration_says_what_it_needs():
     ids, _, _ = padded_batch((640,))
     with pytest.raises(ConfigError, match="prompts is empty"):
         pyramidkv.calibrate(plain, [], share=0.5)
-    with pytest.raises(ConfigError, match=r"shape \(2, 640\)"):
-        pyramidkv.calibrate(plain, [ids.repeat(2, 1)], share=0.5)
+    for wrong in ((ids.repeat(2, 1), ids), (ids, ids[0]), (ids, ids[:, :0])):
+        with pytest.raises(ConfigError, match="prompts: one has shape"):
+            pyramidkv.calibrate(plain, [wrong], share=0.5)
     with pytest.raises(ConfigError, match="prompts=: one has 640 tokens, and all are kept"):
-        pyramidkv.calibrate(plain, [ids], budget=4096)
-    for method in ({"method": "full"}, {"method": "streamingllm", "keep": 0.5}):
-        with pytest.raises(UnsupportedError, match="no scores of attention"):
-            pyramidkv.calibrate(plain, [ids], **method)
+        pyramidkv.calibrate(plain, [(ids, ids)], budget=4096)
+    with pytest.raises(UnsupportedError, match="keeps all tokens"):
+        pyramidkv.calibrate(plain, [(ids, ids)], method="full")
     assert plain.config._attn_implementation != "pyramidkv"

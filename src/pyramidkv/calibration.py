@@ -1,13 +1,15 @@
 """Settings of layers that are measured on texts of your own, once, and given to every prompt: `layers=`.
 
-A budget over all layers needs every layer's keys until the last has been read. But how it spreads over the layers is
-much the same for all texts of a model. So is what codes in place of keys do to a layer: most layers don't feel them;
-in a few, whose queries and keys are large, they move the logits enough to lose a fact.
+What a layer's tokens are worth to a model's answers differs from layer to layer by orders of magnitude, and little from
+text to text. Shares of attention don't tell it: a layer may attend to many tokens of which nothing depends. So each
+layer is compressed alone, in several ways, and what that does to the model's predictions is measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,63 +19,55 @@ from torch import Tensor
 from pyramidkv.cache import ATTENTION_NAME, PyramidKVCache
 from pyramidkv.config import CompressionConfig
 from pyramidkv.errors import ConfigError, UnsupportedError
+from pyramidkv.evaluate.prefill import prefill
 from pyramidkv.layer import PyramidKVLayer
 from pyramidkv.methods import METHODS
-from pyramidkv.ops.heads import head_limits
-from pyramidkv.ops.quantize import PAGE, dequantize_keys, quantize_keys
-from pyramidkv.plan import Plan, plan_of
-from pyramidkv.scorers import Observation, Scorer
+from pyramidkv.plan import plan_of
 from pyramidkv.shape import cache_shape
 
-NOISE = 0.3  # nats: a layer where codes move the logits by more is stored in twice the bits
+AMOUNTS = (0.35, 0.6, 1.0, 1.5, 2.25)  # of an even share of the tokens: what each layer is given in turn
+
+Prompt = tuple[Tensor, Tensor]  # (1, T) token ids to compress, and (1, N) of what follows them
 
 
 @dataclass(frozen=True)
-class _Said:
-    """What a prompt said of the layers."""
+class Tried:
+    """One way to compress a layer, the others left whole."""
 
-    tokens: int
-    itemsize: int  # of what is stored
-    scores: list[Tensor]  # of each compressed layer, (1, Hkv, tokens)
-    noise: Tensor  # (layers,) float64, nats
-
-
-class _Noting(Scorer):
-    """A scorer that notes what it says, and what codes would do to the logits."""
-
-    def __init__(self, scorer: Scorer, bits: int) -> None:
-        super().__init__(scorer.config)
-        self.scorer, self.bits = scorer, bits
-        self.moves, self.lasts, self.observes = scorer.moves, scorer.lasts, scorer.observes
-        self.said: Tensor | None = None
-        self.noise = 0.0
-
-    def score(self, seen: Observation) -> Tensor:
-        self.said = self.scorer.score(seen)
-        self.noise = 0.0 if self.bits == 16 else logit_noise(seen.query, seen.key, seen.scaling, self.bits)
-        return self.said
+    amount: float  # of an even share of the tokens
+    bits: int
+    nbytes: float
+    loss: float  # nats a token: divergence of the predictions from those of the full cache
 
 
 def calibrate(
-    model: Any, prompts: Sequence[Tensor], config: CompressionConfig | None = None, **options: Any
+    model: Any,
+    prompts: Sequence[Prompt],
+    config: CompressionConfig | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> tuple[float | tuple[float, int], ...]:
-    """What to give as `layers=`: each layer's part of one budget over all layers and heads, and bits if more are due.
+    """What to give as `layers=`: each layer's part of the budget, and bits if more are due, as the answers need them.
 
-        layers = pyramidkv.calibrate(model, [tokenizer(text, return_tensors="pt").input_ids], share=0.125)
+        context, follows = (tokenizer(text, return_tensors="pt").input_ids for text in (document, questions))
+        layers = pyramidkv.calibrate(model, [(context, follows)], share=0.125)
         with pyramidkv.compress(model, method="auto", share=0.125, layers=layers):
             ...
 
-    Of each layer's scores the highest of all layers are kept, in pages of 64 tokens, beside each head's newest tokens
-    and a fifth of an even share; the weights are the layers' mean parts of it. So scores must mean the same in every
-    layer, as shares of attention do ("echo", "auto"). They depend on how much is kept: measure at the amount you use.
+    In each layer in turn the prompt is compressed to several amounts and, if there are fewer than 8, to twice the bits,
+    while the other layers keep all. The loss is the Kullback-Leibler divergence of the predictions for what follows
+    from those over the full cache, in nats a token. Losses of layers are added up, and the bytes of even layers are
+    spent where they save most of it (`spend`). The parts depend on how much is kept: measure at the amount you use.
 
-    In fewer than 8 bits, a layer whose codes would move the logits of a head by more than `NOISE` (standard deviation,
-    in nats) is to be stored in twice the bits; at the same bytes, all layers then keep fewer tokens.
+    Every prompt is read once, and what follows it as often as there are layers and ways: some ten times the layers.
 
     Args:
         model: a `transformers` causal language model of a supported family, not under compression.
-        prompts: token ids, (1, T) each, like what the model will read: as long, and longer than what is kept.
+        prompts: token ids of a prompt, (1, T), and of what follows it, (1, N), such as questions and answers; like what
+            the model will read: as long, and longer than what is kept.
         config: the settings; or give them as keyword options, see `CompressionConfig`. "auto" if no method is given.
+        progress: called after each prompt with the number of those done, and of all.
 
     Returns:
         One number a compressed layer, bottom layer first; their mean is 1. A pair of a number and bits where a layer is
@@ -81,87 +75,149 @@ def calibrate(
 
     Raises:
         ConfigError: no prompts, a prompt of another shape or so short that it is kept whole; an option is unknown.
-        UnsupportedError: the method has no scores, or the process holds a part of the heads.
+        UnsupportedError: the method drops nothing, or the process holds a part of the heads.
     """
     if config is None:
         options = {"method": "auto", **options}
     config = CompressionConfig.given(config, options)
     check_method(config)
     if not prompts:
-        raise ConfigError("prompts is empty: give at least one, as token ids of shape (1, tokens)")
-    before = model.config._attn_implementation
-    if before == ATTENTION_NAME:
-        raise ConfigError("model: is already under compression; close that session first")
-    try:
-        model.set_attn_implementation(ATTENTION_NAME)
-        said = [_listen(model, ids, config) for ids in prompts]
-    finally:
-        model.set_attn_implementation(before)
-    noise = torch.stack([prompt.noise for prompt in said]).mean(0).tolist()
-    bits = [config.bits * (2 if config.bits < 8 and much > NOISE else 1) for much in noise]
-    plan = plan_of(replace(config, layers=tuple((1.0, n) for n in bits)), cache_shape(model.config))
-    mean = torch.stack([_parts(prompt, plan) for prompt in said]).mean(0)
-    weights = [round(part, 3) for part in (mean / mean.mean()).tolist()]
-    return tuple(w if n == config.bits else (w, n) for w, n in zip(weights, bits, strict=True))
-
-
-def logit_noise(query: Tensor, key: Tensor, scaling: float, bits: int) -> float:
-    """By how much codes of `bits` bits in place of keys move the logits: standard deviation, in nats, of one KV head.
-
-    Over all queries and all keys of whole pages, of the head where it is largest. (1, Hq, Q, D) queries and (1, Hkv, K,
-    D) keys, K at least 64.
-    """
-    heads, pages = key.shape[1], key.shape[2] // PAGE
-    exact = key[0, :, key.shape[2] - pages * PAGE :].float().reshape(heads, pages, PAGE, -1)
-    off = (dequantize_keys(quantize_keys(exact, bits), torch.float32) - exact).flatten(1, 2)  # (Hkv, N, D)
-    asked = (query[0].float() * scaling).reshape(heads, -1, query.shape[3])  # (Hkv, G * Q, D)
-    # The mean of (q . e)^2 over all pairs is that of the products of their second moments.
-    moments = [vectors.mT @ vectors / vectors.shape[1] for vectors in (asked, off)]
-    return float((moments[0] * moments[1]).sum((1, 2)).max().sqrt())
-
-
-def check_method(config: CompressionConfig) -> None:
-    """Raise `UnsupportedError` for a method whose scores are no attention: those of two layers can't be compared."""
-    scorer = METHODS[config.method].scorer
-    if scorer is None or not getattr(scorer, "observes", True):
-        raise UnsupportedError(
-            f"method={config.method!r}: has no scores of attention to spread a budget by; use 'auto' or 'echo'"
+        raise ConfigError(
+            "prompts is empty: give at least one, as token ids of shape (1, tokens) and what follows them"
         )
-
-
-def _listen(model: Any, ids: Tensor, config: CompressionConfig) -> _Said:
-    """What a prompt (1, T) says of the layers."""
-    if ids.ndim != 2 or ids.shape[0] != 1:
-        raise ConfigError(f"prompts: one has shape {tuple(ids.shape)}; each must be (1, tokens)")
-    cache = PyramidKVCache(model.config, config)
-    layers = [layer for layer in cache.layers if isinstance(layer, PyramidKVLayer)]
-    noting = []
-    for layer in layers:
-        assert layer.scorer is not None
-        layer.scorer = _Noting(layer.scorer, config.bits)
-        noting.append(layer.scorer)
-    with torch.no_grad():
-        model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    scores = [scorer.said for scorer in noting if scorer.said is not None]
-    tokens = ids.shape[1]
-    if len(scores) < len(layers):
-        raise ConfigError(f"prompts=: one has {tokens} tokens, and all are kept; give longer ones, or a smaller amount")
-    heads = [said.shape[1] for said in scores]
-    if heads != [cache.plan.shape.layers[layer.layer].kv_heads for layer in layers]:
+    for ids in (ids for prompt in prompts for ids in prompt):
+        if ids.ndim != 2 or ids.shape[0] != 1 or not ids.shape[1]:
+            raise ConfigError(f"prompts: one has shape {tuple(ids.shape)}; each must be (1, tokens)")
+    if (getattr(model, "tp_size", None) or 1) > 1:
         raise UnsupportedError(
             "calibrate: this process holds a part of the KV heads; run it without tensor parallelism"
         )
-    storage = layers[0].storage
-    assert storage is not None
-    noise = torch.tensor([scorer.noise for scorer in noting], dtype=torch.float64)
-    return _Said(tokens, storage.spec.itemsize, scores, noise)
+    before = model.config._attn_implementation
+    if before == ATTENTION_NAME:
+        raise ConfigError("model: is already under compression; close that session first")
+    for context, _ in prompts:  # what is wrong is said before anything is run
+        _ways(model, config, context.shape[1])
+    found = []
+    try:
+        model.set_attn_implementation(ATTENTION_NAME)
+        for context, follows in prompts:
+            found.append(_try(model, context.to(model.device), follows.to(model.device), config))
+            if progress is not None:
+                progress(len(found), len(prompts))
+    finally:
+        model.set_attn_implementation(before)
+    tried = [[_mean(same) for same in zip(*layer, strict=True)] for layer in zip(*found, strict=True)]
+    even = sum(way.nbytes for layer in tried for way in layer if (way.amount, way.bits) == (1.0, config.bits))
+    chosen = spend(tried, even)
+    mean = sum(way.amount for way in chosen) / len(chosen)
+    weights = [(round(way.amount / mean, 3), way.bits) for way in chosen]
+    return tuple(weight if bits == config.bits else (weight, bits) for weight, bits in weights)
 
 
-def _parts(said: _Said, plan: Plan) -> Tensor:
-    """(layers,) float64: mean slots a head of each compressed layer, under one budget over all of them."""
-    heads = [scores.shape[1] for scores in said.scores]
-    budgets = plan.budgets(said.tokens, itemsize=said.itemsize)
-    share = sum(n * slots for n, slots in zip(heads, budgets, strict=True)) // sum(heads)
-    together = torch.cat([scores.to(said.scores[0].device) for scores in said.scores], dim=1)
-    limits = head_limits(together, [share], [said.tokens], plan.config.recent)[0].double().cpu()
-    return torch.stack([part.mean() for part in torch.split(limits, heads)])
+def check_method(config: CompressionConfig) -> None:
+    """Raise `UnsupportedError` for a method that has no budgets to divide."""
+    if METHODS[config.method].scorer is None:
+        raise UnsupportedError(f"method={config.method!r}: keeps all tokens, so there is nothing to divide")
+
+
+def spend(tried: Sequence[Sequence[Tried]], nbytes: float) -> list[Tried]:
+    """Of each layer's ways one, so that together they take at most `nbytes` and lose about the least.
+
+    Of a layer count the ways on the lower convex hull of loss over bytes. All layers begin with their cheapest; then
+    bytes go, one step of a hull after another, to where a byte saves most. The last step is taken in part, where both
+    its ends have the same bits. Nothing is spent on a layer that would lose as little without.
+    """
+    hulls = [_hull(ways) for ways in tried]
+    chosen = [hull[0] for hull in hulls]
+    left = nbytes - sum(way.nbytes for way in chosen)
+    steps = [(layer, old, new) for layer, hull in enumerate(hulls) for old, new in itertools.pairwise(hull)]
+    for layer, old, new in sorted(steps, key=lambda step: _slope(*step[1:])):
+        price = new.nbytes - old.nbytes
+        if chosen[layer] is not old:
+            continue  # the step before was too dear
+        if price <= left:
+            chosen[layer], left = new, left - price
+        elif old.bits == new.bits and left > 0:
+            part = left / price
+            chosen[layer] = replace(
+                old,
+                amount=old.amount + part * (new.amount - old.amount),
+                nbytes=old.nbytes + left,
+                loss=old.loss + part * (new.loss - old.loss),
+            )
+            left = 0.0
+    return chosen
+
+
+def _hull(ways: Sequence[Tried]) -> list[Tried]:
+    """The lower convex hull of losses over bytes, from the fewest bytes to the least loss."""
+    hull: list[Tried] = []
+    for way in sorted(ways, key=lambda way: (way.nbytes, way.loss)):
+        if hull and way.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], way):
+            hull.pop()
+        hull.append(way)
+    return hull
+
+
+def _slope(old: Tried, new: Tried) -> float:
+    """Nats a byte; negative, since the new one loses less."""
+    return (new.loss - old.loss) / max(new.nbytes - old.nbytes, 1e-9)
+
+
+def _ways(model: Any, config: CompressionConfig, tokens: int) -> list[tuple[float, CompressionConfig]]:
+    """Settings to try for a prompt: amounts of even layers, in bits as they are and in twice as many."""
+    shape = cache_shape(model.config)
+    alike = (1.0,) * len(shape.compressed)
+    dtype = model.dtype if config.kv_dtype == "auto" else getattr(torch, config.kv_dtype)
+    budgets = plan_of(replace(config, layers=alike), shape).budgets(tokens, itemsize=dtype.itemsize)
+    even = sum(budgets) / len(budgets)
+    if even >= tokens:
+        raise ConfigError(f"prompts=: one has {tokens} tokens, and all are kept; give longer ones, or a smaller amount")
+    ways = []
+    for bits in (config.bits, 2 * config.bits) if config.bits < 8 else (config.bits,):
+        for amount in AMOUNTS:
+            kept = min(max(round(amount * even), config.floor), tokens)
+            way = replace(config, keep=None, share=None, bytes=None, budget=kept, bits=bits, layers=alike)
+            ways.append((amount, way))
+    return ways
+
+
+@torch.no_grad()
+def _try(model: Any, context: Tensor, follows: Tensor, config: CompressionConfig) -> list[list[Tried]]:
+    """Of each compressed layer, what every way costs and loses on one prompt."""
+    ways = _ways(model, config, context.shape[1])
+    full = PyramidKVCache(model.config, method="full")
+    caches = [PyramidKVCache(model.config, way) for _, way in ways]
+    whole = [way.bits == 16 and way.budget == context.shape[1] for _, way in ways]  # drops nothing: `prefill` refuses
+    prefill(model, context, [full, *(cache for cache, all_kept in zip(caches, whole, strict=True) if not all_kept)])
+    truth = _predictions(model, full.fork(), follows)
+    found = []
+    for index, layer in enumerate(full.layers):
+        if not isinstance(layer, PyramidKVLayer):
+            continue
+        tried = []
+        for (amount, way), cache, all_kept in zip(ways, caches, whole, strict=True):
+            if all_kept:
+                tried.append(Tried(amount, way.bits, layer.usage().kv_bytes, 0.0))
+                continue
+            mixed = full.fork()
+            mixed.layers[index] = copy.deepcopy(cache.layers[index])
+            loss = (truth.exp() * (truth - _predictions(model, mixed, follows))).sum(-1).mean()
+            tried.append(Tried(amount, way.bits, cache.layers[index].usage().kv_bytes, float(loss)))
+        found.append(tried)
+    return found
+
+
+def _predictions(model: Any, cache: PyramidKVCache, ids: Tensor) -> Tensor:
+    """(N, V) float32 log-probabilities of the token after each of (1, N), behind what the cache holds."""
+    logits: Tensor = model(ids, past_key_values=cache, use_cache=True).logits[0]
+    return logits.float().log_softmax(-1)
+
+
+def _mean(same: Sequence[Tried]) -> Tried:
+    """Of one way over all prompts."""
+    count = len(same)
+    nbytes, loss = sum(way.nbytes for way in same) / count, sum(way.loss for way in same) / count
+    return replace(same[0], nbytes=nbytes, loss=loss)

@@ -10,6 +10,8 @@ from pyramidkv.cli.naming import called
 from pyramidkv.cli.options import Device, Dtype, Json, Model, compression_options
 from pyramidkv.cli.output import calm_libraries, json_out, note
 
+FOLLOWING = 64  # tokens of a text that follow what is compressed
+
 if TYPE_CHECKING:
     from pyramidkv.evaluate.texts import Corpus
 
@@ -17,12 +19,12 @@ if TYPE_CHECKING:
 @compression_options("keep", "budget", "share", "bytes", "window", "recent", "kernel", "heads", "bits")
 def calibrate(
     model: Model = "neox-16m",
-    method: Annotated[
-        str, typer.Option(help="One whose scores are shares of attention: auto or echo.", metavar="NAME")
-    ] = "auto",
+    method: Annotated[str, typer.Option(help="Any that drops tokens.", metavar="NAME")] = "auto",
     text: Annotated[
         list[str] | None,
-        typer.Option(help="A text of your own, as NAME=FILE_OR_FOLDER; may be repeated. Default: facts among filler."),
+        typer.Option(
+            help="A text of your own, as NAME=FILE_OR_FOLDER; may be repeated. Default: facts, filler, questions."
+        ),
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 1536,
     prompts: Annotated[int, typer.Option(help="Prompts, of each text.", min=1)] = 4,
@@ -31,9 +33,11 @@ def calibrate(
     dtype: Dtype = "auto",
     **options: Any,
 ) -> None:
-    """Measure how one budget over all layers would spread, and which layers need more bits; print it for --layers.
+    """Measure what each layer is worth to the model's predictions, and divide the bytes by it; print it for --layers.
 
-    The default prompts are made here: facts among plain sentences, from seeds that no measurement uses.
+    Every layer is compressed alone, to several amounts and bits; counted is what that changes in the predictions for
+    what follows. The default prompts are made here: facts among plain sentences, followed by questions and answers,
+    from seeds that no measurement uses. Of a text of your own, the last 64 tokens of each prompt are what follows.
 
     Examples:
 
@@ -61,11 +65,14 @@ def calibrate(
     if loaded.tokenizer is None:
         raise DataError(f"model={model!r}: has no tokenizer; give token ids to pyramidkv.calibrate")
     with called(tokens="context"):
-        ids = _prompts(loaded.tokenizer, corpora, context, prompts)
-    note(f"{loaded.name}: {len(ids)} prompts of up to {context} tokens, {config.method} {config.describe()}")
-    tensors = [torch.tensor([prompt]) for prompt in ids]
+        made = _prompts(loaded.tokenizer, corpora, context, prompts)
+    note(f"{loaded.name}: {len(made)} prompts of up to {context} tokens, {config.method} {config.describe()}")
+    tensors = [(torch.tensor([ids]), torch.tensor([follows])) for ids, follows in made]
     with called(prompts="context"):
-        layers = pyramidkv.calibrate(loaded.model, tensors, stored(config, loaded.model))
+        layers = pyramidkv.calibrate(
+            loaded.model, tensors, stored(config, loaded.model),
+            progress=lambda done, all_of_them: note(f"prompt {done} of {all_of_them} measured"),
+        )  # fmt: skip
     if as_json:
         json_out({"model": loaded.name, "setting": config.describe(), "layers": list(layers)})
     else:
@@ -77,7 +84,8 @@ def _text(layer: float | tuple[float, int]) -> str:
     return ":".join(f"{number:g}" for number in layer) if isinstance(layer, tuple) else f"{layer:g}"
 
 
-def _prompts(tokenizer: Any, corpora: list[Corpus], tokens: int, count: int) -> list[list[int]]:
+def _prompts(tokenizer: Any, corpora: list[Corpus], tokens: int, count: int) -> list[tuple[list[int], list[int]]]:
+    """Token ids of each prompt, and of what follows it."""
     from pyramidkv.evaluate import tasks, texts
 
     def ids(words: str) -> list[int]:
@@ -85,8 +93,12 @@ def _prompts(tokenizer: Any, corpora: list[Corpus], tokens: int, count: int) -> 
         return found
 
     if corpora:
-        return [piece for corpus in corpora for piece in texts.chunks(corpus, tokenizer, tokens=tokens, count=count)]
+        pieces = (texts.chunks(corpus, tokenizer, tokens=tokens, count=count) for corpus in corpora)
+        return [(piece[:-FOLLOWING], piece[-FOLLOWING:]) for corpus in pieces for piece in corpus]
     examples = tasks.make_examples(
         "kv", n=count, tokens=tokens, count_tokens=lambda t: len(ids(t)), seed=tasks.TRAINING_SEEDS_FROM
     )
-    return [ids(example.context) for example in examples]
+    return [
+        (ids(example.context), [token for probe in example.probes for token in ids(probe.question) + ids(probe.answer)])
+        for example in examples
+    ]
