@@ -132,11 +132,11 @@ def test_calibration_gives_to_the_layer_that_matters(name):
     plain = model(name)
     last = only_one_matters(plain)
     ids, _, _ = padded_batch((660,))
-    context, follows = ids[:, :600], ids[:, 600:]
+    context, asked = ids[:, :600], [(ids[:, 600:620], ids[:, 620:])]
     config = pyramidkv.CompressionConfig(method="snapkv", keep=0.2, window=8, recent=8, room=1)
-    truth = plain(ids).logits[0, 600:].log_softmax(-1)
+    truth = plain(ids).logits[0, 619:-1].log_softmax(-1)
     before = plain.config._attn_implementation
-    weights = pyramidkv.calibrate(plain, [(context, follows)], config)
+    weights = pyramidkv.calibrate(plain, [(context, asked)], config)
     assert plain.config._attn_implementation == before
     count = len(weights)
     left = min(2.25, count - 0.35 * (count - 1))
@@ -144,7 +144,7 @@ def test_calibration_gives_to_the_layer_that_matters(name):
     assert 1 < 0.35 * weights[-1] / weights[0] < left + 0.03
     assert sum(weights) == pytest.approx(count, abs=0.01)
     plain.set_attn_implementation("pyramidkv")
-    tried = _try(plain, context, follows, config)[-1]
+    tried = _try(plain, context, asked, config)[-1]
     assert [way.amount for way in tried] == list(AMOUNTS) and len({way.loss for way in tried}) == len(tried)
     for way in tried:  # the other layers' tokens count for nothing, so the cache may lose them too
         cache = pyramidkv.PyramidKVCache(
@@ -152,7 +152,7 @@ def test_calibration_gives_to_the_layer_that_matters(name):
         )
         plain(context, past_key_values=cache)
         nbytes = cache.layers[last].usage().kv_bytes
-        said = plain(follows, past_key_values=cache).logits[0].log_softmax(-1)
+        said = plain(ids[:, 600:-1], past_key_values=cache).logits[0, 19:].log_softmax(-1)
         assert way.loss == pytest.approx(float((truth.exp() * (truth - said)).sum(-1).mean()), rel=2e-3)
         assert way.nbytes == nbytes
 
@@ -198,7 +198,9 @@ def test_spending_is_as_good_as_any_choice():
 def test_what_calibration_says_fits_the_bytes(options):
     plain = model("llama-4-2-32")
     ids, _, _ = padded_batch((700,))
-    found = pyramidkv.calibrate(plain, [(ids[:, :650], ids[:, 650:]), (ids[:, 20:640], ids[:, 640:])], **options)
+    asked = [(ids[:, 650:660], ids[:, 660:]), (ids[:, 640:641], ids[:, 641:680])]
+    prompts = [(ids[:, :650], asked), (ids[:, 20:640], asked[1:])]
+    found = pyramidkv.calibrate(plain, prompts, **options)
     config = pyramidkv.CompressionConfig(method="auto", layers=found, room=1, **options)
     assert sum(config.weights) / len(found) == pytest.approx(1, abs=1e-3)
     assert {config.bits_of(rank) for rank in range(len(found))} <= {
@@ -217,11 +219,14 @@ def test_calibration_says_what_it_needs():
     ids, _, _ = padded_batch((640,))
     with pytest.raises(ConfigError, match="prompts is empty"):
         pyramidkv.calibrate(plain, [], share=0.5)
-    for wrong in ((ids.repeat(2, 1), ids), (ids, ids[0]), (ids, ids[:, :0])):
+    with pytest.raises(ConfigError, match="has no question"):
+        pyramidkv.calibrate(plain, [(ids, [])], share=0.5)
+    two, none = ids.repeat(2, 1), ids[:, :0]
+    for wrong in ((two, [(ids, ids)]), (ids, [(ids[0], ids)]), (ids, [(ids, ids), (ids, none)]), (none, [(ids, ids)])):
         with pytest.raises(ConfigError, match="prompts: one has shape"):
             pyramidkv.calibrate(plain, [wrong], share=0.5)
     with pytest.raises(ConfigError, match="prompts=: one has 640 tokens, and all are kept"):
-        pyramidkv.calibrate(plain, [(ids, ids)], budget=4096)
+        pyramidkv.calibrate(plain, [(ids, [(ids, ids)])], budget=4096)
     with pytest.raises(UnsupportedError, match="keeps all tokens"):
-        pyramidkv.calibrate(plain, [(ids, ids)], method="full")
+        pyramidkv.calibrate(plain, [(ids, [(ids, ids)])], method="full")
     assert plain.config._attn_implementation != "pyramidkv"

@@ -7,7 +7,6 @@ layer is compressed alone, in several ways, and what that does to the model's pr
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,8 @@ from pyramidkv.shape import cache_shape
 
 AMOUNTS = (0.35, 0.6, 1.0, 1.5, 2.25)  # of an even share of the tokens: what each layer is given in turn
 
-Prompt = tuple[Tensor, Tensor]  # (1, T) token ids to compress, and (1, N) of what follows them
+# Token ids: a context to compress, (1, T), and what is asked behind it: questions, (1, Q), and their answers, (1, A).
+Prompt = tuple[Tensor, Sequence[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Tried:
     amount: float  # of an even share of the tokens
     bits: int
     nbytes: float
-    loss: float  # nats a token: divergence of the predictions from those of the full cache
+    loss: float  # nats a token of the answers: divergence of the predictions from those of the full cache
 
 
 def calibrate(
@@ -50,22 +50,24 @@ def calibrate(
 ) -> tuple[float | tuple[float, int], ...]:
     """What to give as `layers=`: each layer's part of the budget, and bits if more are due, as the answers need them.
 
-        context, follows = (tokenizer(text, return_tensors="pt").input_ids for text in (document, questions))
-        layers = pyramidkv.calibrate(model, [(context, follows)], share=0.125)
+        context, question, answer = (tokenizer(text, return_tensors="pt").input_ids for text in (document, asked, told))
+        layers = pyramidkv.calibrate(model, [(context, [(question, answer)])], share=0.125)
         with pyramidkv.compress(model, method="auto", share=0.125, layers=layers):
             ...
 
-    In each layer in turn the prompt is compressed to several amounts and, if there are fewer than 8, to twice the bits,
-    while the other layers keep all. The loss is the Kullback-Leibler divergence of the predictions for what follows
-    from those over the full cache, in nats a token. Losses of layers are added up, and the bytes of even layers are
-    spent where they save most of it (`spend`). The parts depend on how much is kept: measure at the amount you use.
+    In each layer in turn the context is compressed to several amounts and, if there are fewer than 8, to twice the
+    bits, while the other layers keep all. The loss is the Kullback-Leibler divergence of the predictions for the
+    answers' tokens from those over the full cache, in nats a token. Losses of layers are added up, and the bytes of
+    even layers are spent where they save most of it (`spend`). The parts depend on how much is kept: measure at the
+    amount you use.
 
-    Every prompt is read once, and what follows it as often as there are layers and ways: some ten times the layers.
+    Every context is read once, and every question as often as there are layers and ways: some ten times the layers.
 
     Args:
         model: a `transformers` causal language model of a supported family, not under compression.
-        prompts: token ids of a prompt, (1, T), and of what follows it, (1, N), such as questions and answers; like what
-            the model will read: as long, and longer than what is kept.
+        prompts: of each context its token ids, (1, T), and the questions behind it, each alone, as a pair of the token
+            ids asked, (1, Q), and of the answer, (1, A); like what the model will read: as long, and longer than what
+            is kept. Of a plain text, the "question" may be one token and the "answer" those that follow.
         config: the settings; or give them as keyword options, see `CompressionConfig`. "auto" if no method is given.
         progress: called after each prompt with the number of those done, and of all.
 
@@ -81,11 +83,9 @@ def calibrate(
         options = {"method": "auto", **options}
     config = CompressionConfig.given(config, options)
     check_method(config)
-    if not prompts:
-        raise ConfigError(
-            "prompts is empty: give at least one, as token ids of shape (1, tokens) and what follows them"
-        )
-    for ids in (ids for prompt in prompts for ids in prompt):
+    if not prompts or not all(asked for _, asked in prompts):
+        raise ConfigError("prompts is empty, or has no question: give contexts, each with pairs of question and answer")
+    for ids in (ids for context, asked in prompts for ids in (context, *itertools.chain(*asked))):
         if ids.ndim != 2 or ids.shape[0] != 1 or not ids.shape[1]:
             raise ConfigError(f"prompts: one has shape {tuple(ids.shape)}; each must be (1, tokens)")
     if (getattr(model, "tp_size", None) or 1) > 1:
@@ -100,8 +100,8 @@ def calibrate(
     found = []
     try:
         model.set_attn_implementation(ATTENTION_NAME)
-        for context, follows in prompts:
-            found.append(_try(model, context.to(model.device), follows.to(model.device), config))
+        for context, asked in prompts:
+            found.append(_try(model, context, asked, config))
             if progress is not None:
                 progress(len(found), len(prompts))
     finally:
@@ -176,8 +176,8 @@ def _ways(model: Any, config: CompressionConfig, tokens: int) -> list[tuple[floa
     if even >= tokens:
         raise ConfigError(f"prompts=: one has {tokens} tokens, and all are kept; give longer ones, or a smaller amount")
     ways = []
-    for bits in (config.bits, 2 * config.bits) if config.bits < 8 else (config.bits,):
-        for amount in AMOUNTS:
+    for bits, amounts in ((config.bits, AMOUNTS), (2 * config.bits, AMOUNTS[1:4] if config.bits < 8 else ())):
+        for amount in amounts:
             kept = min(max(round(amount * even), config.floor), tokens)
             way = replace(config, keep=None, share=None, bytes=None, budget=kept, bits=bits, layers=alike)
             ways.append((amount, way))
@@ -185,34 +185,38 @@ def _ways(model: Any, config: CompressionConfig, tokens: int) -> list[tuple[floa
 
 
 @torch.no_grad()
-def _try(model: Any, context: Tensor, follows: Tensor, config: CompressionConfig) -> list[list[Tried]]:
-    """Of each compressed layer, what every way costs and loses on one prompt."""
+def _try(
+    model: Any, context: Tensor, asked: Sequence[tuple[Tensor, Tensor]], config: CompressionConfig
+) -> list[list[Tried]]:
+    """Of each compressed layer, what every way costs and loses on one context."""
     ways = _ways(model, config, context.shape[1])
     full = PyramidKVCache(model.config, method="full")
     caches = [PyramidKVCache(model.config, way) for _, way in ways]
     whole = [way.bits == 16 and way.budget == context.shape[1] for _, way in ways]  # drops nothing: `prefill` refuses
-    prefill(model, context, [full, *(cache for cache, all_kept in zip(caches, whole, strict=True) if not all_kept)])
-    truth = _predictions(model, full.fork(), follows)
+    prefill(model, context.to(model.device), [full, *itertools.compress(caches, (not all_kept for all_kept in whole))])
+    truths = [_predictions(model, full, *pair) for pair in asked]
     found = []
     for index, layer in enumerate(full.layers):
         if not isinstance(layer, PyramidKVLayer):
             continue
         tried = []
         for (amount, way), cache, all_kept in zip(ways, caches, whole, strict=True):
-            if all_kept:
-                tried.append(Tried(amount, way.bits, layer.usage().kv_bytes, 0.0))
-                continue
-            mixed = full.fork()
-            mixed.layers[index] = copy.deepcopy(cache.layers[index])
-            loss = (truth.exp() * (truth - _predictions(model, mixed, follows))).sum(-1).mean()
-            tried.append(Tried(amount, way.bits, cache.layers[index].usage().kv_bytes, float(loss)))
+            full.layers[index] = layer if all_kept else cache.layers[index]
+            losses = []
+            for truth, pair in zip(truths, asked, strict=True):
+                said = _predictions(model, full, *pair)
+                losses.append(float((truth.exp() * (truth - said)).sum(-1).mean()))
+            tried.append(Tried(amount, way.bits, full.layers[index].usage().kv_bytes, sum(losses) / len(losses)))
+        full.layers[index] = layer
         found.append(tried)
     return found
 
 
-def _predictions(model: Any, cache: PyramidKVCache, ids: Tensor) -> Tensor:
-    """(N, V) float32 log-probabilities of the token after each of (1, N), behind what the cache holds."""
-    logits: Tensor = model(ids, past_key_values=cache, use_cache=True).logits[0]
+def _predictions(model: Any, cache: PyramidKVCache, question: Tensor, answer: Tensor) -> Tensor:
+    """(A, V) float32 log-probabilities of the answer's tokens behind a cache, which stays as it is."""
+    ids = torch.cat([question, answer[:, :-1]], dim=1).to(model.device)
+    out = model(ids, past_key_values=cache.fork(), use_cache=True, logits_to_keep=answer.shape[1])
+    logits: Tensor = out.logits[0]
     return logits.float().log_softmax(-1)
 
 

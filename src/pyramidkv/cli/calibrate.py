@@ -10,7 +10,8 @@ from pyramidkv.cli.naming import called
 from pyramidkv.cli.options import Device, Dtype, Json, Model, compression_options
 from pyramidkv.cli.output import calm_libraries, json_out, note
 
-FOLLOWING = 64  # tokens of a text that follow what is compressed
+FOLLOWING = 64  # tokens of a text that count
+QUESTIONS = 2  # of each context of facts
 
 if TYPE_CHECKING:
     from pyramidkv.evaluate.texts import Corpus
@@ -27,7 +28,7 @@ def calibrate(
         ),
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 1536,
-    prompts: Annotated[int, typer.Option(help="Prompts, of each text.", min=1)] = 4,
+    prompts: Annotated[int, typer.Option(help="Prompts, of each text.", min=1)] = 6,
     as_json: Json = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -36,8 +37,8 @@ def calibrate(
     """Measure what each layer is worth to the model's predictions, and divide the bytes by it; print it for --layers.
 
     Every layer is compressed alone, to several amounts and bits; counted is what that changes in the predictions for
-    what follows. The default prompts are made here: facts among plain sentences, followed by questions and answers,
-    from seeds that no measurement uses. Of a text of your own, the last 64 tokens of each prompt are what follows.
+    what follows. The default prompts are made here: facts among plain sentences and two questions, of whose answers the
+    tokens count, from seeds that no measurement uses. Of a text of your own, the last 64 tokens of each prompt count.
 
     Examples:
 
@@ -45,8 +46,6 @@ def calibrate(
 
         pyramidkv bench --method auto --share 0.125 --layers "$(pyramidkv calibrate --share 0.125)"
     """
-    import torch
-
     import pyramidkv
     from pyramidkv.calibration import check_method
     from pyramidkv.cli.options import config_from
@@ -67,7 +66,7 @@ def calibrate(
     with called(tokens="context"):
         made = _prompts(loaded.tokenizer, corpora, context, prompts)
     note(f"{loaded.name}: {len(made)} prompts of up to {context} tokens, {config.method} {config.describe()}")
-    tensors = [(torch.tensor([ids]), torch.tensor([follows])) for ids, follows in made]
+    tensors = [(_row(ids), [(_row(question), _row(answer)) for question, answer in asked]) for ids, asked in made]
     with called(prompts="context"):
         layers = pyramidkv.calibrate(
             loaded.model, tensors, stored(config, loaded.model),
@@ -84,8 +83,17 @@ def _text(layer: float | tuple[float, int]) -> str:
     return ":".join(f"{number:g}" for number in layer) if isinstance(layer, tuple) else f"{layer:g}"
 
 
-def _prompts(tokenizer: Any, corpora: list[Corpus], tokens: int, count: int) -> list[tuple[list[int], list[int]]]:
-    """Token ids of each prompt, and of what follows it."""
+def _row(ids: list[int]) -> Any:
+    """Token ids as a batch of one row."""
+    import torch
+
+    return torch.tensor([ids])
+
+
+def _prompts(
+    tokenizer: Any, corpora: list[Corpus], tokens: int, count: int
+) -> list[tuple[list[int], list[tuple[list[int], list[int]]]]]:
+    """Token ids of each context, and of its questions and answers."""
     from pyramidkv.evaluate import tasks, texts
 
     def ids(words: str) -> list[int]:
@@ -94,11 +102,16 @@ def _prompts(tokenizer: Any, corpora: list[Corpus], tokens: int, count: int) -> 
 
     if corpora:
         pieces = (texts.chunks(corpus, tokenizer, tokens=tokens, count=count) for corpus in corpora)
-        return [(piece[:-FOLLOWING], piece[-FOLLOWING:]) for corpus in pieces for piece in corpus]
+        behind = FOLLOWING + 1  # what is asked is the first of these, alone
+        return [
+            (piece[:-behind], [(piece[-behind:-FOLLOWING], piece[-FOLLOWING:])])
+            for corpus in pieces
+            for piece in corpus
+        ]
     examples = tasks.make_examples(
         "kv", n=count, tokens=tokens, count_tokens=lambda t: len(ids(t)), seed=tasks.TRAINING_SEEDS_FROM
     )
     return [
-        (ids(example.context), [token for probe in example.probes for token in ids(probe.question) + ids(probe.answer)])
+        (ids(example.context), [(ids(probe.question), ids(probe.answer)) for probe in example.probes[:QUESTIONS]])
         for example in examples
     ]
