@@ -9,7 +9,7 @@ import torch
 import pyramidkv
 from families import NAMES, model, padded_batch
 from pyramidkv.budget import layer_budgets
-from pyramidkv.calibration import AMOUNTS, Tried, _try, spend
+from pyramidkv.calibration import AMOUNTS, Tried, _try, _ways, spend
 from pyramidkv.errors import ConfigError, UnsupportedError
 
 
@@ -144,7 +144,7 @@ def test_calibration_gives_to_the_layer_that_matters(name):
     assert 1 < 0.35 * weights[-1] / weights[0] < left + 0.03
     assert sum(weights) == pytest.approx(count, abs=0.01)
     plain.set_attn_implementation("pyramidkv")
-    tried = _try(plain, context, asked, config)[-1]
+    tried = _try(plain, context, asked, _ways(plain, config, 600))[-1]
     assert [way.amount for way in tried] == list(AMOUNTS) and len({way.loss for way in tried}) == len(tried)
     for way in tried:  # the other layers' tokens count for nothing, so the cache may lose them too
         cache = pyramidkv.PyramidKVCache(
@@ -212,6 +212,19 @@ def test_what_calibration_says_fits_the_bytes(options):
     plain(ids, past_key_values=cache)
     if config.share is not None:
         assert cache.report().kv_bytes / cache.report().full_kv_bytes <= config.share
+
+
+@torch.no_grad()
+def test_a_way_that_keeps_all_tokens_as_they_are_loses_nothing():
+    """In bytes of the dtype that is stored, whatever the model computes in."""
+    plain = model("llama-4-2-32")
+    ids, _, _ = padded_batch((640,))
+    config = pyramidkv.CompressionConfig(method="snapkv", keep=0.6, kv_dtype="float16", room=1)
+    ways = _ways(plain, config, 600)
+    plain.set_attn_implementation("pyramidkv")
+    for tried in _try(plain, ids[:, :600], [(ids[:, 600:610], ids[:, 610:])], ways):
+        assert abs(tried[-1].loss) < 1e-5 < tried[0].loss
+        assert tried[-1].nbytes == pytest.approx(tried[2].nbytes / 0.6, rel=0.02)
 
 
 def test_calibration_says_what_it_needs():

@@ -21,6 +21,7 @@ from pyramidkv.errors import ConfigError, UnsupportedError
 from pyramidkv.evaluate.prefill import prefill
 from pyramidkv.layer import PyramidKVLayer
 from pyramidkv.methods import METHODS
+from pyramidkv.parallel import ranks_of
 from pyramidkv.plan import plan_of
 from pyramidkv.shape import cache_shape
 
@@ -55,13 +56,14 @@ def calibrate(
         with pyramidkv.compress(model, method="auto", share=0.125, layers=layers):
             ...
 
-    In each layer in turn the context is compressed to several amounts and, if there are fewer than 8, to twice the
-    bits, while the other layers keep all. The loss is the Kullback-Leibler divergence of the predictions for the
+    In each layer in turn the context is compressed to several amounts and, if there are fewer than 8, at some to twice
+    the bits, while the other layers keep all. The loss is the Kullback-Leibler divergence of the predictions for the
     answers' tokens from those over the full cache, in nats a token. Losses of layers are added up, and the bytes of
     even layers are spent where they save most of it (`spend`). The parts depend on how much is kept: measure at the
     amount you use.
 
-    Every context is read once, and every question as often as there are layers and ways: some ten times the layers.
+    Every context is read once, and every question as often as there are layers and ways: eight times the layers
+    below 8 bits, else five times.
 
     Args:
         model: a `transformers` causal language model of a supported family, not under compression.
@@ -88,20 +90,19 @@ def calibrate(
     for ids in (ids for context, asked in prompts for ids in (context, *itertools.chain(*asked))):
         if ids.ndim != 2 or ids.shape[0] != 1 or not ids.shape[1]:
             raise ConfigError(f"prompts: one has shape {tuple(ids.shape)}; each must be (1, tokens)")
-    if (getattr(model, "tp_size", None) or 1) > 1:
+    if ranks_of(model) > 1:
         raise UnsupportedError(
             "calibrate: this process holds a part of the KV heads; run it without tensor parallelism"
         )
     before = model.config._attn_implementation
     if before == ATTENTION_NAME:
         raise ConfigError("model: is already under compression; close that session first")
-    for context, _ in prompts:  # what is wrong is said before anything is run
-        _ways(model, config, context.shape[1])
+    ways = [_ways(model, config, context.shape[1]) for context, _ in prompts]  # what is wrong is said before all else
     found = []
     try:
         model.set_attn_implementation(ATTENTION_NAME)
-        for context, asked in prompts:
-            found.append(_try(model, context, asked, config))
+        for (context, asked), tries in zip(prompts, ways, strict=True):
+            found.append(_try(model, context, asked, tries))
             if progress is not None:
                 progress(len(found), len(prompts))
     finally:
@@ -180,28 +181,31 @@ def _ways(model: Any, config: CompressionConfig, tokens: int) -> list[tuple[floa
         for amount in amounts:
             kept = min(max(round(amount * even), config.floor), tokens)
             way = replace(config, keep=None, share=None, bytes=None, budget=kept, bits=bits, layers=alike)
+            if bits == 16 and kept == tokens:  # all of them as they are
+                way = CompressionConfig(method="full", kv_dtype=config.kv_dtype, room=config.room)
             ways.append((amount, way))
     return ways
 
 
 @torch.no_grad()
 def _try(
-    model: Any, context: Tensor, asked: Sequence[tuple[Tensor, Tensor]], config: CompressionConfig
+    model: Any,
+    context: Tensor,
+    asked: Sequence[tuple[Tensor, Tensor]],
+    ways: Sequence[tuple[float, CompressionConfig]],
 ) -> list[list[Tried]]:
     """Of each compressed layer, what every way costs and loses on one context."""
-    ways = _ways(model, config, context.shape[1])
     full = PyramidKVCache(model.config, method="full")
     caches = [PyramidKVCache(model.config, way) for _, way in ways]
-    whole = [way.bits == 16 and way.budget == context.shape[1] for _, way in ways]  # drops nothing: `prefill` refuses
-    prefill(model, context.to(model.device), [full, *itertools.compress(caches, (not all_kept for all_kept in whole))])
+    prefill(model, context.to(model.device), [full, *caches])
     truths = [_predictions(model, full, *pair) for pair in asked]
     found = []
     for index, layer in enumerate(full.layers):
         if not isinstance(layer, PyramidKVLayer):
             continue
         tried = []
-        for (amount, way), cache, all_kept in zip(ways, caches, whole, strict=True):
-            full.layers[index] = layer if all_kept else cache.layers[index]
+        for (amount, way), cache in zip(ways, caches, strict=True):
+            full.layers[index] = cache.layers[index]
             losses = []
             for truth, pair in zip(truths, asked, strict=True):
                 said = _predictions(model, full, *pair)

@@ -33,9 +33,14 @@ def first_head(whole: int, local: int) -> int:
     return dist.get_rank() % (whole // local) * local
 
 
+def ranks_of(model: Any) -> int:
+    """How many processes hold a part of the model each; 1 without tensor parallelism."""
+    return getattr(model, "tp_size", None) or 1
+
+
 def check_heads(model: Any) -> None:
     """Raise `ConfigError` if a tensor-parallel model has KV heads that can't be split evenly over its ranks."""
-    ranks = getattr(model, "tp_size", None) or 1
+    ranks = ranks_of(model)
     plan = (getattr(model, "tp_plan", None) or {}) if ranks > 1 else {}
     if not any(
         style == "colwise" and any(key in name.split(".") for key in _KEY_LAYERS) for name, style in plan.items()

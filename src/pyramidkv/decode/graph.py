@@ -28,6 +28,7 @@ from pyramidkv.errors import UnsupportedError
 from pyramidkv.ops import kernels
 from pyramidkv.ops.pages import Pages
 from pyramidkv.packed import PackedStorage
+from pyramidkv.parallel import ranks_of
 from pyramidkv.pool import Pool
 from pyramidkv.ring import QueryRing
 from pyramidkv.shape import cache_shape
@@ -79,7 +80,7 @@ def why_eager(model: Any, config: CompressionConfig) -> str | None:
     (device,) = devices
     if device.type != "cuda":
         return f"the model is on {device.type}, and graphs are for CUDA"
-    if (getattr(model, "tp_size", None) or 1) > 1:
+    if ranks_of(model) > 1:
         return "the model is split over several GPUs"
     if (why := kernels.why_naive(torch.empty(1, 1, 1, kernels.LARGEST, device=device, dtype=model.dtype))) is not None:
         return why
