@@ -557,6 +557,7 @@ def test_doctor(monkeypatch):
     assert found["attention_kernels"]["prefill"] in {"math", "flash", "efficient", "cudnn"}
     assert found["default_benchmark"]["perplexity"] == ["python-reference"]
     assert found["packed_on_cpu_problem"] is None
+    assert "products_on_cpu_problem" in found
     shown = run("doctor")
     assert "can run here" in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 80

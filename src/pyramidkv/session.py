@@ -19,6 +19,7 @@ from pyramidkv.chunks import asked_chunk, check_chunk, check_prompt, feed
 from pyramidkv.config import CompressionConfig
 from pyramidkv.decode.graph import DecodeGraph, can_capture
 from pyramidkv.errors import CompressionWarning, ConfigError, PyramidKVError, UnsupportedError
+from pyramidkv.onednn import multiply_by_onednn
 from pyramidkv.parallel import check_heads
 from pyramidkv.plan import plan_of
 from pyramidkv.rotations import rotate_at_once
@@ -74,6 +75,7 @@ class Session:
         self._restore = [
             slice_mlps(self.model),
             rotate_at_once(self.model),
+            multiply_by_onednn(self.model),
             replace(self.model, "forward", self._forward),
             replace(self.model, "__reduce_ex__", _not_copied),  # what copy.deepcopy and pickle ask for
         ]

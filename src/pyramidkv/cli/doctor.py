@@ -38,6 +38,7 @@ def _examine() -> dict[str, Any]:
     from pyramidkv.methods import methods
     from pyramidkv.models.hub import hub_problem
     from pyramidkv.models.shapes import DEFAULT_MODEL
+    from pyramidkv.ops.linear.onednn import why_no_onednn
     from pyramidkv.ops.strips import why_no_bags
 
     device = environment.default_device()
@@ -62,6 +63,7 @@ def _examine() -> dict[str, Any]:
         "default_device": str(device),
         "attention_kernels": environment.attention_kernels(device),
         "packed_on_cpu_problem": why_no_bags(),
+        "products_on_cpu_problem": why_no_onednn(),
         "hub_problem": hub_problem(),
         "methods": methods(),
         "default_benchmark": {
@@ -96,6 +98,7 @@ def _show(found: dict[str, Any]) -> None:
     facts = {
         "SDPA runs": f"{kernels} (on {found['default_device']})",
         "packed, on a CPU": _slowly(found["packed_on_cpu_problem"]),
+        "products, on a CPU": _by_onednn(found["products_on_cpu_problem"]),
         "hub": found["hub_problem"] or "answers",
         "shipped model": "there" if bench["model"] else "missing",
         "report": bench["report_problem"] or "can be written",
@@ -118,6 +121,10 @@ def _show(found: dict[str, Any]) -> None:
 
 def _slowly(problem: str | None) -> str:
     return "fast" if problem is None else f"slow: {problem}"
+
+
+def _by_onednn(problem: str | None) -> str:
+    return "float32 by oneDNN" if problem is None else f"as torch does them: {problem}"
 
 
 def _packages(found: dict[str, Any]) -> Table:

@@ -1,0 +1,42 @@
+"""Products in float32 on a CPU by oneDNN, where torch would ask MKL.
+
+On a CPU that is not Intel's, MKL multiplies at less than half the rate of oneDNN, which comes with torch too, and its
+products of one row with a weight run on one thread. Torch reaches oneDNN in float32 by one op, made for what its
+compiler generates; it promises it to nobody.
+"""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+_OP = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def why_no_onednn() -> str | None:
+    """Why no product goes there; None if those that `serves` says do."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"{platform.machine()} was not measured"
+    if _OP is None:
+        return f"torch {torch.__version__} has no product by oneDNN"
+    return None if torch.backends.mkldnn.enabled else "torch.backends.mkldnn is turned off"
+
+
+def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `linear` takes these. It has no gradient, and knows no subclasses of tensors."""
+    if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    given = (weight,) if bias is None else (weight, bias)
+    return all(type(t) is Parameter and t.dtype == x.dtype and t.device == x.device for t in given)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) times the transpose of (N, K), plus (N,): (..., N), as `naive.linear` of all rows."""
+    assert _OP is not None
+    out: Tensor = _OP(x, weight, bias, "none", [], "")
+    return out
