@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-_OP = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_OP = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def why_no_onednn() -> str | None:
