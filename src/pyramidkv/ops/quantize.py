@@ -159,7 +159,7 @@ def _quantize(x: Tensor, dim: int, bits: int, valid: Tensor | None) -> tuple[Ten
     zero = low.half()
     # By a tensor: CUDA divides by a number of Python as it multiplies by its inverse, which is not quite the same.
     scale = ((high - zero.float()) / high.new_full((), levels)).half().clamp(min=torch.finfo(torch.float16).tiny)
-    codes = ((x - zero.float()) * scale.float().reciprocal()).round().clamp(0, levels)
+    codes = (x - zero.float()).mul_(scale.float().reciprocal()).round_().clamp_(0, levels)
     return codes.to(torch.uint8), scale, zero
 
 

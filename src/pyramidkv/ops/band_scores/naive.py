@@ -13,7 +13,7 @@ from pyramidkv.ops.valid import by_head
 SPAN = 4  # tokens on each side of a key whose queries count
 NEAR = 16  # tokens on each side of a query whose keys its normaliser takes in one by one
 STRIDE = 16  # of the other keys one in so many, counted from the last
-_BLOCK = 256
+_BLOCK = 64  # queries: of a wider block most logits are of no key near
 
 
 def band_scores(
