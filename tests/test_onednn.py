@@ -1,7 +1,5 @@
 """Products in float32 on a CPU by oneDNN: against float64, and a model that is as it was afterwards."""
 
-import platform
-
 import pytest
 import torch
 from torch.nn import Parameter
@@ -12,7 +10,13 @@ from kernel_testing import distance
 from pyramidkv.onednn import multiply_by_onednn
 from pyramidkv.ops.linear import onednn
 
-pytestmark = pytest.mark.skipif(onednn.why_no_onednn() is not None, reason=str(onednn.why_no_onednn()))
+pytestmark = pytest.mark.skipif(onednn._OP is None, reason="this torch has no product by oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def amd(monkeypatch):
+    monkeypatch.setattr(onednn, "_processor", lambda: "vendor_id : AuthenticAMD")
+
 
 # rows, outputs, channels
 SHAPES = [(1, 37, 80), (1, 5, 1100), (2, 130, 81), (7, 67, 33), (70, 64, 96), (300, 1, 320), (0, 8, 16)]
@@ -82,8 +86,16 @@ def test_a_session_multiplies_by_it_and_only_there(monkeypatch):
     with torch.no_grad(), pyramidkv.compress(plain, keep=0.5, window=4):
         plain(ids)
     assert inside == len(calls)
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    assert onednn.why_no_onednn() == "aarch64 was not measured"
+
+
+def test_it_says_why_it_multiplies_no_more(monkeypatch):
+    assert onednn.why_no_onednn() is None
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert onednn.why_no_onednn() == "torch.backends.mkldnn is turned off"
+    monkeypatch.setattr(onednn, "_processor", lambda: "vendor_id : GenuineIntel")
+    assert onednn.why_no_onednn() == "MKL was measured to be slow on AMD's CPUs alone"
+    monkeypatch.setattr(onednn, "_OP", None)
+    assert "no product by oneDNN" in onednn.why_no_onednn()
 
 
 def test_a_quantised_or_hooked_module_is_left_alone():

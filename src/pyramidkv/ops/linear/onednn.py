@@ -1,6 +1,6 @@
-"""Products in float32 on a CPU by oneDNN, where torch would ask MKL.
+"""Products in float32 on an AMD CPU by oneDNN, where torch would ask MKL.
 
-On a CPU that is not Intel's, MKL multiplies at less than half the rate of oneDNN, which comes with torch too, and its
+MKL is Intel's: on AMD's CPUs it multiplies at less than half the rate of oneDNN, which comes with torch too, and its
 products of one row with a weight run on one thread. Torch reaches oneDNN in float32 by one op, made for what its
 compiler generates; it promises it to nobody.
 """
@@ -8,6 +8,8 @@ compiler generates; it promises it to nobody.
 from __future__ import annotations
 
 import platform
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,11 +20,20 @@ _OP = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 def why_no_onednn() -> str | None:
     """Why no product goes there; None if those that `serves` says do."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return f"{platform.machine()} was not measured"
     if _OP is None:
         return f"torch {torch.__version__} has no product by oneDNN"
+    if "AuthenticAMD" not in _processor():
+        return "MKL was measured to be slow on AMD's CPUs alone"
     return None if torch.backends.mkldnn.enabled else "torch.backends.mkldnn is turned off"
+
+
+@cache
+def _processor() -> str:
+    """What the system says of the CPU; its maker among it."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
