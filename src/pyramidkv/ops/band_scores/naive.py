@@ -1,4 +1,4 @@
-"""The plain torch definition. It never holds more than a block of queries' probabilities at a time."""
+"""The plain torch definition. It never holds more than the probabilities of a few blocks of queries at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pyramidkv.ops.turn.naive import turn
 from pyramidkv.ops.valid import by_head
@@ -13,7 +14,9 @@ from pyramidkv.ops.valid import by_head
 SPAN = 4  # tokens on each side of a key whose queries count
 NEAR = 16  # tokens on each side of a query whose keys its normaliser takes in one by one
 STRIDE = 16  # of the other keys one in so many, counted from the last
-_BLOCK = 64  # queries: of a wider block most logits are of no key near
+_BLOCK = 32  # queries whose near keys are one window
+_WINDOW = NEAR + _BLOCK + NEAR
+_TOGETHER = 8  # windows
 
 
 def band_scores(
@@ -47,21 +50,27 @@ def band_scores(
     groups = heads // kv_heads
     real = torch.ones(1, 1, keys, dtype=torch.bool, device=key.device) if valid is None else by_head(valid)
     real = real.expand(batch, kv_heads, keys)
-    total = torch.zeros(batch, kv_heads, keys, dtype=torch.float32, device=key.device)
-    grouped = query.reshape(batch, kv_heads, groups, keys, -1)
+    more = -keys % _BLOCK
+    windows = pad(key, (0, 0, NEAR, NEAR + more)).unfold(2, _WINDOW, _BLOCK).mT  # (B, Hkv, N, window, D)
+    there = pad(real, (NEAR, NEAR + more)).unfold(2, _WINDOW, _BLOCK)  # (B, Hkv, N, window)
+    asking = torch.unflatten(pad(query.reshape(batch, kv_heads, groups, keys, -1), (0, 0, 0, more)), 3, (-1, _BLOCK))
+    inside = torch.arange(_WINDOW, device=key.device)
+    column = _BLOCK * torch.arange(windows.shape[2], device=key.device)[:, None] + inside
+    apart = (inside[NEAR:-NEAR, None] - inside).abs()  # (block, window)
     far = slice(keys % STRIDE, None, STRIDE)
-    for start in range(0, keys, _BLOCK):
-        block = (grouped[..., start : start + _BLOCK, :] * scaling).float()  # (B, Hkv, G, W, D)
-        row = start + torch.arange(block.shape[-2], device=key.device)
-        near = slice(max(start - NEAR, 0), start + block.shape[-2] + NEAR)
-        apart = (row[:, None] - torch.arange(keys, device=key.device)[near]).abs()
-        around = _logits(block, key[:, :, near], real[:, :, near]).masked_fill(apart > NEAR, float("-inf"))
-        among = _logits(block, key[:, :, far], real[:, :, far]).logsumexp(-1, keepdim=True) + math.log(STRIDE)
-        lse = torch.logaddexp(around.logsumexp(-1, keepdim=True), among)
-        asks = real[:, :, None, row, None]
+    total = torch.zeros(batch, kv_heads, NEAR + keys + more + NEAR, dtype=torch.float32, device=key.device)
+    for start in range(0, windows.shape[2], _TOGETHER):
+        some = slice(start, start + _TOGETHER)
+        block = (asking[:, :, :, some] * scaling).float()  # (B, Hkv, G, N, block, D)
+        near, held = windows[:, :, None, some].float(), there[:, :, None, some, None]
+        around = (block @ near.mT).masked_fill(~held | (apart > NEAR), float("-inf"))
+        among = _logits(block.flatten(3, 4), key[:, :, far], real[:, :, far]).logsumexp(-1) + math.log(STRIDE)
+        lse = torch.logaddexp(around.logsumexp(-1), among.view(block.shape[:-1]))[..., None]
+        asks = held[..., NEAR:-NEAR].mT
         share = torch.where(asks & (apart <= SPAN), (around - lse).exp(), 0.0).clamp(max=1.0)
-        total[:, :, near] += share.nan_to_num(0.0).square().sum((2, 3))
-    return (total / groups).sqrt()
+        sums = share.nan_to_num(0.0).square().sum((2, 4))  # (B, Hkv, N, window)
+        total.index_add_(2, column[some].flatten(), sums.flatten(2))
+    return (total[:, :, NEAR : NEAR + keys] / groups).sqrt()
 
 
 def same_tokens(query: Tensor, key: Tensor) -> None:
