@@ -213,6 +213,7 @@ def test_products_of_a_step_and_no_others_go_through_the_op(name, monkeypatch):
         return "they are watched"
 
     monkeypatch.setattr(products, "why_torch", why_torch)
+    monkeypatch.setattr("pyramidkv.onednn.why_no_onednn", lambda: "as on a GPU")
     plain = model(name)
     layers = [m for m in plain.modules() if isinstance(m, torch.nn.Linear)]
     ids, mask, _ = padded_batch((61, 40, 23))

@@ -98,14 +98,15 @@ def test_it_says_why_it_multiplies_no_more(monkeypatch):
     assert "no product by oneDNN" in onednn.why_no_onednn()
 
 
-def test_a_quantised_or_hooked_module_is_left_alone():
+def test_other_modules_are_left_alone():
     class Quantised(torch.nn.Linear):
         pass
 
     hooked = torch.nn.Linear(4, 4)
     hooked.forward = hooked.forward
-    several = torch.nn.Sequential(Quantised(4, 4), hooked, torch.nn.Linear(4, 4))
+    others = torch.nn.Linear(4, 4, dtype=torch.bfloat16), torch.nn.Linear(4, 4, device="meta")
+    several = torch.nn.Sequential(Quantised(4, 4), hooked, *others, torch.nn.Linear(4, 4))
     before = hooked.forward
     multiply_by_onednn(several)
-    assert [("forward" in vars(m)) for m in several] == [False, True, True]
+    assert [("forward" in vars(m)) for m in several] == [False, True, False, False, True]
     assert hooked.forward is before

@@ -14,19 +14,24 @@ from pyramidkv.slices import replace
 
 
 def multiply_by_onednn(model: torch.nn.Module) -> Callable[[], None]:
-    """Have every `torch.nn.Linear` of a model ask oneDNN where that serves, call by call.
+    """Have every `torch.nn.Linear` of a model with float32 weights on a CPU ask oneDNN where that serves, call by call.
 
     Returns what puts the model back as it was. A subclass, such as a quantised module, or a module whose forward has
     been replaced already (accelerate's hooks), is left alone.
     """
-    plain = (m for m in model.modules() if type(m) is torch.nn.Linear and "forward" not in vars(m))
-    undo = [replace(m, "forward", _by_onednn) for m in plain] if why_no_onednn() is None else []
+    undo = [replace(m, "forward", _by_onednn) for m in model.modules() if _plain(m)] if why_no_onednn() is None else []
 
     def restore() -> None:
         for put_back in undo:
             put_back()
 
     return restore
+
+
+def _plain(module: torch.nn.Module) -> bool:
+    if type(module) is not torch.nn.Linear or "forward" in vars(module):
+        return False
+    return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
 
 
 def _by_onednn(forward: Any) -> Any:
