@@ -88,7 +88,8 @@ def test_a_few_dozen_generations_leave_no_tensors_behind():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyramidkv.CompressionWarning")
 def test_thousands_of_generations_neither_grow_nor_drift():
-    grown, tensors = soak(1000, warm_up=200, check_every=100)
+    # On an AMD CPU oneDNN keeps something of every size it multiplies; those of these models have all come by then.
+    grown, tensors = soak(1600, warm_up=800, check_every=100)
     assert tensors == 0
     assert grown < 16e6, f"{grown / 1e6:.1f} MB more resident memory after 800 generations"
 

@@ -3,6 +3,9 @@
 MKL is Intel's: on AMD's CPUs it multiplies at less than half the rate of oneDNN, which comes with torch too, and its
 products of one row with a weight run on one thread. Torch reaches oneDNN in float32 by one op, made for what its
 compiler generates; it promises it to nobody.
+
+oneDNN keeps what it makes for each number of rows, most of a megabyte, and a thousand of them. So a prompt goes in
+pieces of few sizes; what is left over is torch's.
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Parameter, functional
+
+FEW = 16  # rows that go as they are
+_PIECES = (1024, 512, 256, 128, 64)  # rows
 
 _OP = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
@@ -48,6 +54,22 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K) times the transpose of (N, K), plus (N,): (..., N), as `naive.linear` of all rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    count = len(rows)
+    if count <= FEW or count == _PIECES[0]:
+        return _product(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    out = x.new_empty(count, weight.shape[0])
+    at = 0
+    for size in _PIECES:
+        while at + size <= count:
+            out[at : at + size] = _product(rows[at : at + size], weight, bias)
+            at += size
+    if at < count:
+        out[at:] = functional.linear(rows[at:], weight, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert _OP is not None
-    out: Tensor = _OP(x, weight, bias, "none", [], "")
+    out: Tensor = _OP(rows, weight, bias, "none", [], "")
     return out
