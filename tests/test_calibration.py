@@ -9,7 +9,7 @@ import torch
 import pyramidkv
 from families import NAMES, model, padded_batch
 from pyramidkv.budget import layer_budgets
-from pyramidkv.calibration import AMOUNTS, Tried, _try, _ways, spend
+from pyramidkv.calibration import AMOUNTS, Tried, _try, _ways, between, spend
 from pyramidkv.errors import ConfigError, UnsupportedError
 
 
@@ -139,9 +139,9 @@ def test_calibration_gives_to_the_layer_that_matters(name):
     weights = pyramidkv.calibrate(plain, [(context, asked)], config)
     assert plain.config._attn_implementation == before
     count = len(weights)
-    left = min(2.25, count - 0.35 * (count - 1))
+    left = min(2.25, count - 0.2 * (count - 1))
     assert weights[:-1] == pytest.approx([weights[0]] * (count - 1))
-    assert 1 < 0.35 * weights[-1] / weights[0] < left + 0.03
+    assert 1 < 0.2 * weights[-1] / weights[0] < left + 0.03
     assert sum(weights) == pytest.approx(count, abs=0.01)
     plain.set_attn_implementation("pyramidkv")
     tried = _try(plain, context, asked, _ways(plain, config, 600))[-1]
@@ -153,7 +153,9 @@ def test_calibration_gives_to_the_layer_that_matters(name):
         plain(context, past_key_values=cache)
         nbytes = cache.layers[last].usage().kv_bytes
         said = plain(ids[:, 600:-1], past_key_values=cache).logits[0, 19:].log_softmax(-1)
-        assert way.loss == pytest.approx(float((truth.exp() * (truth - said)).sum(-1).mean()), rel=2e-3)
+        assert way.divergence == pytest.approx(float((truth.exp() * (truth - said)).sum(-1).mean()), rel=2e-3)
+        answer = ids[0, 620:, None]
+        assert way.lost == pytest.approx(float((truth - said).gather(1, answer).mean()), rel=2e-3, abs=1e-6)
         assert way.nbytes == nbytes
 
 
@@ -177,6 +179,18 @@ def test_bytes_go_where_they_save_most():
     assert spent(24.5) == [(3, 4), (2, 4)]  # a way in other bits is taken whole or not at all
     assert spent(26) == [(3, 4), (1.5, 8)]
     assert spent(1000) == [(3, 4), (1.5, 8)]  # and nothing is spent for nothing
+
+
+def test_what_answers_lose_counts_a_tenth_and_gains_nothing():
+    assert Tried(1, 4, 10, 0.25, 0.5).loss == pytest.approx(0.3)
+    assert Tried(1, 4, 10, 0.25, -0.5).loss == 0.25
+
+
+def test_between_two_amounts_losses_change_evenly_in_their_logarithm():
+    ways = between(tried((1, 4, 10, 16.0), (4, 4, 22, 1.0), (1, 8, 20, 2.0)))
+    assert {way.bits for way in ways} == {4, 8} and len(ways) == 3 + 11
+    middle = next(way for way in ways if way.amount == 2.5)
+    assert (middle.bits, middle.nbytes, middle.loss) == (4, 16, pytest.approx(4.0))
 
 
 def test_spending_is_as_good_as_any_choice():
@@ -224,7 +238,7 @@ def test_a_way_that_keeps_all_tokens_as_they_are_loses_nothing():
     plain.set_attn_implementation("pyramidkv")
     for tried in _try(plain, ids[:, :600], [(ids[:, 600:610], ids[:, 610:])], ways):
         assert abs(tried[-1].loss) < 1e-5 < tried[0].loss
-        assert tried[-1].nbytes == pytest.approx(tried[2].nbytes / 0.6, rel=0.02)
+        assert tried[-1].nbytes == pytest.approx(tried[3].nbytes / 0.6, rel=0.02)
 
 
 def test_calibration_says_what_it_needs():

@@ -25,7 +25,10 @@ from pyramidkv.parallel import ranks_of
 from pyramidkv.plan import plan_of
 from pyramidkv.shape import cache_shape
 
-AMOUNTS = (0.35, 0.6, 1.0, 1.5, 2.25)  # of an even share of the tokens: what each layer is given in turn
+AMOUNTS = (0.2, 0.35, 0.6, 1.0, 1.5, 2.25)  # of an even share of the tokens: what each layer is given in turn
+DOUBLED = AMOUNTS[2:]  # those tried in twice the bits, too
+BETWEEN = 12  # steps from one amount to the next, over which losses are read off
+BIAS = 0.1  # of what answers lose on average: the weight beside the divergence (docs/quality.md)
 
 # Token ids: a context to compress, (1, T), and what is asked behind it: questions, (1, Q), and their answers, (1, A).
 Prompt = tuple[Tensor, Sequence[tuple[Tensor, Tensor]]]
@@ -38,7 +41,13 @@ class Tried:
     amount: float  # of an even share of the tokens
     bits: int
     nbytes: float
-    loss: float  # nats a token of the answers: divergence of the predictions from those of the full cache
+    divergence: float  # of the predictions for the answers' tokens from those of the full cache, nats a token
+    lost: float = 0.0  # nats a token that the answers themselves lose on average; below 0 if they gain
+
+    @property
+    def loss(self) -> float:
+        """What counts. Movements up and down cancel out over answers, a mean that falls does not; gains are luck."""
+        return self.divergence + BIAS * max(self.lost, 0.0)
 
 
 def calibrate(
@@ -58,12 +67,13 @@ def calibrate(
 
     In each layer in turn the context is compressed to several amounts and, if there are fewer than 8, at some to twice
     the bits, while the other layers keep all. The loss is the Kullback-Leibler divergence of the predictions for the
-    answers' tokens from those over the full cache, in nats a token. Losses of layers are added up, and the bytes of
-    even layers are spent where they save most of it (`spend`). The parts depend on how much is kept: measure at the
-    amount you use.
+    answers' tokens from those over the full cache, in nats a token, and a tenth of what the answers themselves lose on
+    average. Losses of layers are added up, and the bytes of even layers are spent where they save most of it (`spend`),
+    between the amounts too, where losses are taken to change evenly in their logarithm. The parts depend on how much
+    is kept: measure at the amount you use.
 
-    Every context is read once, and every question as often as there are layers and ways: eight times the layers
-    below 8 bits, else five times.
+    Every context is read once, and every question as often as there are layers and ways: ten times the layers
+    below 8 bits, else six times.
 
     Args:
         model: a `transformers` causal language model of a supported family, not under compression.
@@ -109,7 +119,7 @@ def calibrate(
         model.set_attn_implementation(before)
     tried = [[_mean(same) for same in zip(*layer, strict=True)] for layer in zip(*found, strict=True)]
     even = sum(way.nbytes for layer in tried for way in layer if (way.amount, way.bits) == (1.0, config.bits))
-    chosen = spend(tried, even)
+    chosen = spend([between(layer) for layer in tried], even)
     mean = sum(way.amount for way in chosen) / len(chosen)
     weights = [(round(way.amount / mean, 3), way.bits) for way in chosen]
     return tuple(weight if bits == config.bits else (weight, bits) for weight, bits in weights)
@@ -144,10 +154,27 @@ def spend(tried: Sequence[Sequence[Tried]], nbytes: float) -> list[Tried]:
                 old,
                 amount=old.amount + part * (new.amount - old.amount),
                 nbytes=old.nbytes + left,
-                loss=old.loss + part * (new.loss - old.loss),
+                divergence=old.loss + part * (new.loss - old.loss),
+                lost=0.0,
             )
             left = 0.0
     return chosen
+
+
+def between(ways: Sequence[Tried]) -> list[Tried]:
+    """The ways of one layer, and those between two amounts: losses change evenly in their logarithm."""
+    found = list(ways)
+    by_amount = sorted(ways, key=lambda way: (way.bits, way.amount))
+    for low, high in itertools.pairwise(by_amount):
+        if low.bits != high.bits:
+            continue
+        for part in (step / BETWEEN for step in range(1, BETWEEN)):
+            loss = max(low.loss, 1e-9) ** (1 - part) * max(high.loss, 1e-9) ** part
+            amount, nbytes = (
+                (1 - part) * a + part * b for a, b in ((low.amount, high.amount), (low.nbytes, high.nbytes))
+            )
+            found.append(Tried(amount, low.bits, nbytes, loss))
+    return found
 
 
 def _hull(ways: Sequence[Tried]) -> list[Tried]:
@@ -177,7 +204,7 @@ def _ways(model: Any, config: CompressionConfig, tokens: int) -> list[tuple[floa
     if even >= tokens:
         raise ConfigError(f"prompts=: one has {tokens} tokens, and all are kept; give longer ones, or a smaller amount")
     ways = []
-    for bits, amounts in ((config.bits, AMOUNTS), (2 * config.bits, AMOUNTS[1:4] if config.bits < 8 else ())):
+    for bits, amounts in ((config.bits, AMOUNTS), (2 * config.bits, DOUBLED if config.bits < 8 else ())):
         for amount in amounts:
             kept = min(max(round(amount * even), config.floor), tokens)
             way = replace(config, keep=None, share=None, bytes=None, budget=kept, bits=bits, layers=alike)
@@ -206,11 +233,12 @@ def _try(
         tried = []
         for (amount, way), cache in zip(ways, caches, strict=True):
             full.layers[index] = cache.layers[index]
-            losses = []
-            for truth, pair in zip(truths, asked, strict=True):
-                said = _predictions(model, full, *pair)
-                losses.append(float((truth.exp() * (truth - said)).sum(-1).mean()))
-            tried.append(Tried(amount, way.bits, full.layers[index].usage().kv_bytes, sum(losses) / len(losses)))
+            divergence = lost = 0.0
+            for truth, (question, answer) in zip(truths, asked, strict=True):
+                change = truth - _predictions(model, full, question, answer)
+                divergence += float((truth.exp() * change).sum(-1).mean()) / len(asked)
+                lost += float(change.gather(-1, answer[0, :, None].to(change.device)).mean()) / len(asked)
+            tried.append(Tried(amount, way.bits, full.layers[index].usage().kv_bytes, divergence, lost))
         full.layers[index] = layer
         found.append(tried)
     return found
@@ -226,6 +254,6 @@ def _predictions(model: Any, cache: PyramidKVCache, question: Tensor, answer: Te
 
 def _mean(same: Sequence[Tried]) -> Tried:
     """Of one way over all prompts."""
-    count = len(same)
-    nbytes, loss = sum(way.nbytes for way in same) / count, sum(way.loss for way in same) / count
-    return replace(same[0], nbytes=nbytes, loss=loss)
+    rows = ((way.nbytes, way.divergence, way.lost) for way in same)
+    nbytes, divergence, lost = (sum(values) / len(same) for values in zip(*rows, strict=True))
+    return replace(same[0], nbytes=nbytes, divergence=divergence, lost=lost)
