@@ -3,7 +3,8 @@
 A layer that holds a bound evicts again and again where it lies, from as many slots to as many: what is launched then
 differs in nothing but what lies on the device. One eviction is launched kernel by kernel, which compiles what must be
 compiled; the next one like it is captured, and those that follow are replayed. Each layer has graphs of its own, since
-one whose heads come to need more pages than any did before is launched anew, while those of the others serve.
+one whose heads come to need more pages than any did before is launched anew, while those of the others serve. Replays
+of neighbours run side by side, on two streams.
 
 Replays leave the host little to do, and it must be quick: the device has ended a layer in 0.2 ms. So a work is known by
 the objects that it is over and a few numbers, and whether it may be replayed at all is asked once. The host takes note
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyramidkv.decode.identity import remember, same
+from pyramidkv.decode.lanes import LANES, Lanes
 from pyramidkv.ops.read_back import ReadBack
 from pyramidkv.packed import PackedStorage
 from pyramidkv.rotary import Turn
@@ -57,7 +59,8 @@ class Evictions:
         self.launched = 0  # evictions of a layer that were neither captured nor replayed
         self._record = record
         self._known: dict[int, _Known] = {}  # of each layer
-        self._pool: Any = None  # memory of all graphs: layers come one after another
+        self._lanes = Lanes()
+        self._pools: dict[int, Any] = {}  # memory of all graphs of a lane: its layers come one after another
         self._back: Tensor | None = None  # (2, B, R / 2): where graphs find what turns keys back, for all layers
         self._turned: Turn | None = None  # what lies there
 
@@ -69,6 +72,7 @@ class Evictions:
                 if self._replay(layer, held):
                     replayed.append((layer, held))
         finally:  # whatever went wrong with another layer
+            self._lanes.join()
             _take_note(replayed)
 
     def _replay(self, layer: PyramidKVLayer, held: list[int]) -> bool:
@@ -90,12 +94,13 @@ class Evictions:
         replay = known.replays[numbers]
         if replay is None:
             replay = known.replays[numbers] = self._capture(layer, held)
-        replay()
+        assert layer.storage is not None
+        self._lanes.run(replay, layer.layer % LANES, layer.storage.newest.keys.device)
         return True
 
     def close(self) -> None:
         """Let the graphs go."""
-        self._known, self._pool, self._back, self._turned = {}, None, None, None
+        self._known, self._pools, self._back, self._turned = {}, {}, None, None
 
     def _refresh(self, layer: PyramidKVLayer) -> None:
         """Have what turns keys back by as many tokens as there are where the graphs look for it."""
@@ -105,6 +110,7 @@ class Evictions:
         if self._back is None or self._back.shape[1:] != now[0].shape or self._back.device != now[0].device:
             self._back, self._turned = now[0].new_empty(2, *now[0].shape), None
         if self._turned is None or self._turned[0] is not now[0]:  # all layers get the same tensors
+            self._lanes.join()  # where a replay may still read
             torch._foreach_copy_(list(self._back.unbind()), list(now))
             self._turned = now
 
@@ -127,10 +133,11 @@ class Evictions:
         assert still.storage is not None
         back = None if layer.rotary is None or self._back is None else (self._back[0], self._back[1])
         device = still.storage.newest.keys.device
-        if self._pool is None and device.type == "cuda":
-            self._pool = torch.cuda.graph_pool_handle()
+        lane = layer.layer % LANES
+        if lane not in self._pools:
+            self._pools[lane] = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.captures += 1
-        return self._record(lambda: still.thin(held, back), device, 0, self._pool)
+        return self._record(lambda: still.thin(held, back), device, 0, self._pools[lane])
 
 
 def _numbers(layer: PyramidKVLayer, held: list[int]) -> Hashable:

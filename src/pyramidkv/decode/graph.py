@@ -23,6 +23,7 @@ from pyramidkv.decode.ahead import Ahead
 from pyramidkv.decode.compiled import compiled_step
 from pyramidkv.decode.evictions import Evictions
 from pyramidkv.decode.identity import remember, same
+from pyramidkv.decode.lanes import aside
 from pyramidkv.decode.step import PLACES, Place, Step, StepCache, step_of
 from pyramidkv.errors import UnsupportedError
 from pyramidkv.ops import kernels
@@ -38,17 +39,7 @@ if TYPE_CHECKING:
     from pyramidkv.cache import PyramidKVCache
     from pyramidkv.layer import PyramidKVLayer
 
-_ASIDE: dict[torch.device, torch.cuda.Stream] = {}  # one a device: cuBLAS keeps 32 MB for every stream it has seen
 WARM_UPS = 2  # runs before a capture: kernels are compiled and libraries set up in them
-
-
-def aside(device: torch.device) -> torch.cuda.Stream | None:
-    """The stream of a device on which steps are captured and run ahead; None where there are no streams."""
-    if device.type != "cuda":
-        return None
-    if device not in _ASIDE:
-        _ASIDE[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return _ASIDE[device]
 
 
 def record(
