@@ -75,7 +75,7 @@ def test_a_model_gives_the_same_and_is_put_back(name, monkeypatch):
     assert len(calls) == sum(type(m) is torch.nn.Linear for m in plain.modules())
     assert (after - before).abs().max() < 1e-4 * before.abs().max()
     plain(ids).logits.sum().backward()
-    assert all(p.grad is not None for p in plain.lm_head.parameters())
+    assert all(p.grad is not None for p in plain.get_output_embeddings().parameters())
     restore()
     assert not any("forward" in vars(m) for m in plain.modules())
 
