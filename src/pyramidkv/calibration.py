@@ -149,14 +149,7 @@ def spend(tried: Sequence[Sequence[Tried]], nbytes: float) -> list[Tried]:
         if price <= left:
             chosen[layer], left = new, left - price
         elif old.bits == new.bits and left > 0:
-            part = left / price
-            chosen[layer] = replace(
-                old,
-                amount=old.amount + part * (new.amount - old.amount),
-                nbytes=old.nbytes + left,
-                divergence=old.loss + part * (new.loss - old.loss),
-                lost=0.0,
-            )
+            chosen[layer] = _part_way(old, new, left / price)
             left = 0.0
     return chosen
 
@@ -166,15 +159,16 @@ def between(ways: Sequence[Tried]) -> list[Tried]:
     found = list(ways)
     by_amount = sorted(ways, key=lambda way: (way.bits, way.amount))
     for low, high in itertools.pairwise(by_amount):
-        if low.bits != high.bits:
-            continue
-        for part in (step / BETWEEN for step in range(1, BETWEEN)):
-            loss = max(low.loss, 1e-9) ** (1 - part) * max(high.loss, 1e-9) ** part
-            amount, nbytes = (
-                (1 - part) * a + part * b for a, b in ((low.amount, high.amount), (low.nbytes, high.nbytes))
-            )
-            found.append(Tried(amount, low.bits, nbytes, loss))
+        if low.bits == high.bits:
+            found += [_part_way(low, high, step / BETWEEN) for step in range(1, BETWEEN)]
     return found
+
+
+def _part_way(low: Tried, high: Tried, part: float) -> Tried:
+    """Between two ways in the same bits: tokens and bytes evenly, losses evenly in their logarithm."""
+    loss = max(low.loss, 1e-9) ** (1 - part) * max(high.loss, 1e-9) ** part
+    amount, nbytes = ((1 - part) * a + part * b for a, b in ((low.amount, high.amount), (low.nbytes, high.nbytes)))
+    return Tried(amount, low.bits, nbytes, loss)
 
 
 def _hull(ways: Sequence[Tried]) -> list[Tried]:

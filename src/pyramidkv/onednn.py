@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyramidkv.ops.linear.onednn import linear, serves, why_no_onednn
-from pyramidkv.slices import replace
+from pyramidkv.slices import replace_each
 
 
 def multiply_by_onednn(model: torch.nn.Module) -> Callable[[], None]:
@@ -19,13 +19,7 @@ def multiply_by_onednn(model: torch.nn.Module) -> Callable[[], None]:
     Returns what puts the model back as it was. A subclass, such as a quantised module, or a module whose forward has
     been replaced already (accelerate's hooks), is left alone.
     """
-    undo = [replace(m, "forward", _by_onednn) for m in model.modules() if _plain(m)] if why_no_onednn() is None else []
-
-    def restore() -> None:
-        for put_back in undo:
-            put_back()
-
-    return restore
+    return replace_each(filter(_plain, model.modules()) if why_no_onednn() is None else (), "forward", _by_onednn)
 
 
 def _plain(module: torch.nn.Module) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyramidkv.ops.rotate import rotate
-from pyramidkv.slices import replace
+from pyramidkv.slices import replace_each
 
 CALLED = "apply_rotary_pos_emb"
 
@@ -27,17 +27,8 @@ def rotate_at_once(model: torch.nn.Module) -> Callable[[], None]:
     Returns what puts the model back as it was. A module whose forward does not call `apply_rotary_pos_emb`, or has been
     replaced already (accelerate's hooks), is left alone.
     """
-    undo = [
-        replace(module, "forward", _rotating)
-        for module in model.modules()
-        if "forward" not in vars(module) and CALLED in _names(type(module).forward)
-    ]
-
-    def restore() -> None:
-        for put_back in undo:
-            put_back()
-
-    return restore
+    modules = (m for m in model.modules() if "forward" not in vars(m) and CALLED in _names(type(m).forward))
+    return replace_each(modules, "forward", _rotating)
 
 
 def _names(function: Any) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ needs more memory. Tokens do not see each other there, so that slices give what 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ def slice_mlps(model: torch.nn.Module, tokens: int = SLICE) -> Callable[[], None
     Returns what puts the model back as it was. An MLP is a module that its layer calls `mlp`, as all of the supported
     families do.
     """
-    undo = [
-        replace(module, "forward", functools.partial(_in_slices, tokens=tokens))
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] == "mlp"
-    ]
+    mlps = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "mlp"]
+    return replace_each(mlps, "forward", functools.partial(_in_slices, tokens=tokens))
+
+
+def replace_each(modules: Iterable[Any], name: str, make: Callable[[Any], Any]) -> Callable[[], None]:
+    """`replace` in several modules; returns what puts the old ones back."""
+    undo = [replace(module, name, make) for module in modules]
 
     def restore() -> None:
         for put_back in undo:
